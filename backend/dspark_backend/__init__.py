@@ -1,0 +1,1 @@
+"""The engine of dspark-agent: models, KV, sampling, grammars and the loop that decodes them."""

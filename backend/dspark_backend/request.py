@@ -1,0 +1,96 @@
+"""What a caller asks of the engine for one step, and what comes back: values, no behaviour."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from dspark_backend.metrics import EngineMetrics
+
+if TYPE_CHECKING:
+    from dspark_backend.grammar.compile import Grammar
+
+
+class StepKind(StrEnum):
+    """What the model is writing in a step: the scheduler's and the metrics' first key."""
+
+    TEXT = "text"
+    TOOL_CALL = "tool_call"
+    TYPED_RESULT = "typed_result"
+    MIXED = "mixed"
+
+
+class ForcedMode(StrEnum):
+    """How tokens that a grammar determines are taken (DSPARK.md, section 6).
+
+    ``canonical``: the canonical tokens of a forced span *are* the output; committed without a
+    choice, their KV computed in the next pass. ``verify``: they are a draft that the target
+    checks. ``off``: every token is sampled under the mask.
+    """
+
+    CANONICAL = "canonical"
+    VERIFY = "verify"
+    OFF = "off"
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # end-of-turn token or a stop token
+    STOP_STRING = "stop_string"
+    GRAMMAR = "grammar"  # the grammar reached its end
+    LENGTH = "length"  # max_new_tokens
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. Noise is keyed by ``(seed, position)``, so one seed gives one
+    text whatever shares the batch.
+
+    ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 and ``min_p`` 0 are off. Penalties
+    follow the usual definitions: ``repetition_penalty`` (Keskar et al. 2019) over prompt and
+    output, ``presence_penalty`` and ``frequency_penalty`` (subtracted) over the output of this step.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepRequest:
+    """One step: the tokens that are new since the session's last step, and how to go on from them.
+
+    ``tokens`` are appended to the session's log. ``stop`` strings end the step and are not part of
+    the text; ``stop_token_ids`` come on top of the model's own end-of-turn tokens (unless
+    ``ignore_eos``). ``logits_tap`` is for tests and benchmarks only.
+    """
+
+    tokens: tuple[int, ...]
+    max_new_tokens: int
+    sampling: SamplingParams = SamplingParams()
+    grammar: Grammar | None = None
+    forced: ForcedMode = ForcedMode.CANONICAL
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    kind: StepKind = StepKind.TEXT
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What a step produced. ``token_ids`` are all committed new tokens, the end token included;
+    ``text`` is their decoding without the end token and without a matched stop string."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    metrics: EngineMetrics
