@@ -1,0 +1,80 @@
+"""Speculative verification on plain arrays: readable, and the oracle of anything faster.
+
+Rows are p' or its logits, after *all* processors and the grammar mask: row k is conditioned on the
+first k drafts. Every rule accepts the longest valid prefix and emits one more token, the correction
+or the bonus (DSPARK.md, sections 1 and 6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dspark_backend.sampling.candidates import Candidates
+from dspark_backend.sampling.choose import coupled_choice
+from dspark_backend.sampling.noise import Noise, Stream, acceptance_uniform, coupled_noise
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """The first ``accepted`` drafts stand; ``next_token`` follows them."""
+
+    accepted: int
+    next_token: int
+
+
+def verify_greedy(logits: torch.Tensor, drafts: Sequence[int]) -> Acceptance:
+    """``logits`` ``[n + 1, V]``: a draft stands iff it is its row's argmax (ties: lowest id)."""
+    return _longest_match([int(row.argmax()) for row in logits], drafts)
+
+
+def verify_coupled(
+    logits: torch.Tensor, drafts: Sequence[int], *, seed: int, position: int
+) -> Acceptance:
+    """A draft stands iff it is ``argmax(logits + G)``, the token that plain decoding with this seed
+    emits there: exact for any drafter and any scheduler.
+
+    ``logits`` is ``[n + 1, V]``, over temperature, -inf outside the support; row k chooses the
+    token at ``position + k``.
+    """
+    vocab = logits.shape[1]
+    return _longest_match(
+        [
+            int((row.double() + coupled_noise(seed, position + k, vocab)).argmax())
+            for k, row in enumerate(logits)
+        ],
+        drafts,
+    )
+
+
+def verify_rejection(
+    p: torch.Tensor, drafts: Sequence[int], q: torch.Tensor, *, seed: int, position: int
+) -> Acceptance:
+    """Leviathan et al. 2023, Chen et al. 2023: accept ``x`` with probability ``min(1, p(x)/q(x))``,
+    on the first rejection emit a sample of the normalised ``(p - q)+``, after none one of ``p_n``.
+
+    ``p`` ``[n + 1, V]`` and ``q`` ``[n, V]`` are float64 probabilities; ``q[k]`` is exactly what
+    ``drafts[k]`` was drawn from, by noise of ``Stream.DRAFT``. An illegal draft has ``p = 0``: it
+    is rejected *into the residual* (cutting the block before it and sampling ``p`` is biased).
+    """
+    for k, draft in enumerate(drafts):
+        if acceptance_uniform(seed, position + k) * q[k, draft] >= p[k, draft]:
+            residual = (p[k] - q[k]).clamp(min=0.0)
+            # No mass left means p = q but for rounding, and then p is the residual's limit.
+            rest = residual if residual.sum() > 0.0 else p[k]
+            return Acceptance(k, _draw(rest, seed, position + k))
+    return Acceptance(len(drafts), _draw(p[len(drafts)], seed, position + len(drafts)))
+
+
+def _longest_match(choices: Sequence[int], drafts: Sequence[int]) -> Acceptance:
+    accepted = 0
+    while accepted < len(drafts) and drafts[accepted] == choices[accepted]:
+        accepted += 1
+    return Acceptance(accepted, choices[accepted])
+
+
+def _draw(weights: torch.Tensor, seed: int, position: int) -> int:
+    noise = Noise(seed, Stream.RESIDUAL, position)
+    return coupled_choice(Candidates(weights.log().to(torch.float32).numpy()), noise)
