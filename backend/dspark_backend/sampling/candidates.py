@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from dspark_backend.errors import BackendError, GrammarError
-from dspark_backend.sampling.mask import unpack
+from dspark_backend.sampling.mask import penalties, unpack
 
 # Past this share of the vocabulary, masking the row in place is cheaper than gathering from it.
 _GATHER_BELOW = 1 / 8
@@ -17,19 +17,19 @@ _GATHER_BELOW = 1 / 8
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """A row of logits (``[N] float32``) over ``ids`` (``[N] int64``, ascending), or over the whole
+    """A row of logits (``[N] float32``) over ``ids`` (``[N] uint32``, ascending), or over the whole
     vocabulary where ``ids`` is None. Ascending ids make "the first maximum" the lowest id."""
 
     logits: NDArray[np.float32]
-    ids: NDArray[np.int64] | None = None
+    ids: NDArray[np.uint32] | None = None
 
     def token(self, index: int) -> int:
         """The token id at ``index`` of ``logits``."""
         return index if self.ids is None else int(self.ids[index])
 
-    def token_ids(self) -> NDArray[np.int64]:
+    def token_ids(self) -> NDArray[np.uint32]:
         """``ids``, spelt out."""
-        return np.arange(len(self.logits)) if self.ids is None else self.ids
+        return np.arange(len(self.logits), dtype=np.uint32) if self.ids is None else self.ids
 
     def scaled(self, temperature: float) -> Candidates:
         """Logits over ``temperature``, which is positive."""
@@ -40,7 +40,8 @@ class Candidates:
         kept = np.flatnonzero(self.logits >= cutoff)
         if len(kept) == len(self.logits):
             return self
-        return Candidates(self.logits[kept], kept if self.ids is None else self.ids[kept])
+        ids = kept.astype(np.uint32) if self.ids is None else self.ids[kept]
+        return Candidates(self.logits[kept], ids)
 
     def masked(self, mask: torch.Tensor) -> Candidates:
         """Those of the whole vocabulary that a grammar's ``mask`` (``[words] int32``) allows.
@@ -56,8 +57,10 @@ class Candidates:
             )
         if width <= _GATHER_BELOW * len(self.logits):
             ids = np.flatnonzero(allowed)
-            return Candidates(self.logits[ids], ids)
-        return Candidates(np.where(allowed, self.logits, np.float32(-np.inf)))
+            return Candidates(self.logits[ids], ids.astype(np.uint32))
+        logits = penalties(mask, len(self.logits))
+        logits += self.logits
+        return Candidates(logits)
 
     def argmax(self) -> int:
         """Index of the largest logit, the lowest id among equals.

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import numpy as np
 
 from dspark_backend.sampling.candidates import Candidates
 from dspark_backend.sampling.noise import Noise
 
-# Rows up to this long are evaluated as defined; longer ones are first thinned out by a bound.
-_DIRECT_ROWS = 2048
-# Relative room for float32 rounding in the bound: of the draw, exp and two products, about 1e-6.
+# Room for float32 rounding in the bound (the draw, exp and two products: about 1e-6 relative).
 _SLACK = 1.0 + 1e-4
+# The race is run in heats: a short one first, which tightens the bound, then longer ones, whose
+# scratch arrays still fit the second-level cache.
+_FIRST_HEAT = 1024
+_HEAT_GROWTH = 8
+_LONGEST_HEAT = 32768
 
 
 def greedy_choice(candidates: Candidates) -> int:
@@ -22,31 +28,34 @@ def coupled_choice(candidates: Candidates, noise: Noise) -> int:
     """``argmax_v(logits_v + G_v)`` in float64, ties to the lowest id: a sample of
     softmax(logits) (the Gumbel-max trick; Maddison et al. 2014).
 
-    Over a whole vocabulary it is found without computing G: with ``E_v = exp(-G_v)`` exponential,
-    the argmax is the least ``E_v / p_v``, and ``E_v = -log1p(-w_v) >= w_v >= c_v 2**-32`` for the
-    draw's coarse bits. Whoever has ``c_v 2**-32 > B p_v`` for the ratio B of *any* token cannot
-    win. B is that of the token with the least estimate, so only a handful is left to evaluate.
+    Most of G is never computed. With ``E_v = exp(-G_v)`` exponential, the argmax is the token with
+    the least ``E_v / p_v``, and ``E_v = -log1p(-w_v) >= w_v >= c_v * 2**-32`` for the draw's coarse
+    bits c. Whoever has ``c_v * 2**-32 > B * p_v``, where B is the ratio of any token at all, cannot
+    win; a handful is left to evaluate.
     """
-    best = candidates.argmax()
-    if len(candidates.logits) > _DIRECT_ROWS:
-        candidates = _contenders(candidates, candidates.logits[best], noise)
+    peak_index = candidates.argmax()
+    peak = candidates.logits[peak_index]
     ids = candidates.token_ids()
-    scores = candidates.logits.astype(np.float64) + noise.gumbel(ids.astype(np.uint32))
-    return int(ids[scores.argmax()])
+    best_score, best_token = -math.inf, -1
+    # Only a bound: the peak token itself takes part in its own heat.
+    bound = float(noise.exponential(ids[peak_index : peak_index + 1])[0])
+    for heat in _heats(len(ids)):
+        weights = np.exp(candidates.logits[heat] - peak)
+        weights *= np.float32(bound * _SLACK)
+        near = np.flatnonzero(noise.floor(ids[heat]) <= weights)
+        if len(near) == 0:
+            continue
+        scores = candidates.logits[heat][near].astype(np.float64)
+        scores += noise.gumbel(ids[heat][near])
+        winner = int(scores.argmax())
+        if scores[winner] > best_score:
+            best_score, best_token = float(scores[winner]), int(ids[heat][near[winner]])
+            bound = min(bound, math.exp(float(peak) - best_score))
+    return best_token
 
 
-def _contenders(candidates: Candidates, peak: np.float32, noise: Noise) -> Candidates:
-    """A subset of ``candidates`` that holds the winner."""
-    ids = candidates.token_ids().astype(np.uint32)
-    weights = np.exp(candidates.logits - peak)
-    floor = noise.coarse(ids).astype(np.float32)
-    floor *= np.float32(2.0**-32)
-    # Only to pick the token whose exact ratio is the bound; half a coarse step keeps 0 / 0 away.
-    estimate = floor + np.float32(2.0**-33)
-    with np.errstate(divide="ignore", over="ignore"):
-        estimate /= weights
-    rival = int(estimate.argmin())
-    exact = float(noise.exponential(ids[rival : rival + 1])[0]) / float(weights[rival])
-    weights *= np.float32(exact * _SLACK)
-    kept = np.flatnonzero(floor <= weights)
-    return Candidates(candidates.logits[kept], candidates.token_ids()[kept])
+def _heats(length: int) -> Iterator[slice]:
+    start, size = 0, _FIRST_HEAT
+    while start < length:
+        yield slice(start, start + size)
+        start, size = start + size, min(size * _HEAT_GROWTH, _LONGEST_HEAT)

@@ -46,23 +46,33 @@ class Noise:
         self._coarse_keys = (coarse & 0xFFFFFFFF, coarse >> 32)
         self._fine_keys = (fine & 0xFFFFFFFF, fine >> 32)
 
-    def coarse(self, ids: NDArray[np.uint32]) -> NDArray[np.uint32]:
-        """The upper 32 bits ``c`` of each draw: ``c <= w * 2**32 < c + 1``. ``ids`` is ``[N]``."""
-        return _hash(ids, *self._coarse_keys)
+    def floor(self, ids: NDArray[np.uint32]) -> NDArray[np.float32]:
+        """A cheap lower bound of :meth:`uniform`, within 2**-32 and a float32 rounding of it."""
+        floor = _hash(ids, *self._coarse_keys).astype(np.float32)
+        floor *= np.float32(2.0**-32)
+        return floor
 
     def uniform(self, ids: NDArray[np.uint32]) -> NDArray[np.float64]:
-        """``w`` in (0, 1) for each id, ``[N]``: an odd multiple of 2**-53, so never 0 or 1."""
-        coarse = _hash(ids, *self._coarse_keys).astype(np.float64)
-        fine = (_hash(ids, *self._fine_keys) >> np.uint32(12)).astype(np.float64)
-        return np.asarray((coarse * 2.0**20 + fine + 0.5) * 2.0**-52, dtype=np.float64)
+        """``w`` in (0, 1) for each of ``ids``, ``[N]``: an odd multiple of 2**-53, never 0 or 1."""
+        draw = _hash(ids, *self._coarse_keys).astype(np.float64)
+        draw *= 2.0**20
+        draw += _hash(ids, *self._fine_keys) >> np.uint32(12)
+        draw += 0.5
+        draw *= 2.0**-52
+        return draw
 
     def exponential(self, ids: NDArray[np.uint32]) -> NDArray[np.float64]:
         """Unit exponentials ``[N]``, at least ``w`` and at most 36.8."""
-        return np.asarray(-np.log1p(-self.uniform(ids)), dtype=np.float64)
+        draw = self.uniform(ids)
+        np.negative(draw, out=draw)
+        np.log1p(draw, out=draw)
+        return np.negative(draw, out=draw)
 
     def gumbel(self, ids: NDArray[np.uint32]) -> NDArray[np.float64]:
         """Standard Gumbel draws ``[N]``, at most 36.8."""
-        return np.asarray(-np.log(self.exponential(ids)), dtype=np.float64)
+        draw = self.exponential(ids)
+        np.log(draw, out=draw)
+        return np.negative(draw, out=draw)
 
 
 def coupled_noise(seed: int, position: int, vocab: int) -> torch.Tensor:

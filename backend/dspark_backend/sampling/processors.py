@@ -44,6 +44,7 @@ class Processors:
         """The support of p' with logits over temperature; p' is their softmax."""
         params = self._params
         kept = self.scored(logits, mask).scaled(params.temperature)
+        kept.argmax()  # so that the searches below meet no NaN
         if params.top_k > 0:
             kept = kept.at_least(top_k_cutoff(kept.logits, params.top_k))
         if params.top_p < 1.0:
