@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dspark_backend.sampling.candidates import Candidates
 from dspark_backend.sampling.noise import Noise
@@ -28,28 +29,39 @@ def coupled_choice(candidates: Candidates, noise: Noise) -> int:
     """``argmax_v(logits_v + G_v)`` in float64, ties to the lowest id: a sample of
     softmax(logits) (the Gumbel-max trick; Maddison et al. 2014).
 
-    Most of G is never computed. With ``E_v = exp(-G_v)`` exponential, the argmax is the token with
-    the least ``E_v / p_v``, and ``E_v = -log1p(-w_v) >= w_v >= c_v * 2**-32`` for the draw's coarse
-    bits c. Whoever has ``c_v * 2**-32 > B * p_v``, where B is the ratio of any token at all, cannot
-    win; a handful is left to evaluate.
+    Raises BackendError where the row has no usable maximum.
     """
-    peak_index = candidates.argmax()
-    peak = candidates.logits[peak_index]
+    peak = candidates.argmax()
     ids = candidates.token_ids()
+    if len(ids) > _FIRST_HEAT:
+        return _race(candidates.logits, ids, peak, noise)
+    return int(ids[(candidates.logits + noise.gumbel(ids)).argmax()])
+
+
+def _race(
+    logits: NDArray[np.float32], ids: NDArray[np.uint32], peak_index: int, noise: Noise
+) -> int:
+    """The same argmax over a long row, without computing most of G.
+
+    With ``E_v = exp(-G_v)`` exponential, the argmax is the token with the least ``E_v / p_v``, and
+    ``E_v = -log1p(-w_v) >= w_v >= floor_v`` for the draw's coarse bits. Whoever has
+    ``floor_v > B * p_v``, where B is the ratio of any token at all, cannot win; a handful is left
+    to evaluate as defined. (p is in units of the peak's probability here.)
+    """
+    peak = logits[peak_index]
     best_score, best_token = -math.inf, -1
     # Only a bound: the peak token itself takes part in its own heat.
     bound = float(noise.exponential(ids[peak_index : peak_index + 1])[0])
     for heat in _heats(len(ids)):
-        weights = np.exp(candidates.logits[heat] - peak)
-        weights *= np.float32(bound * _SLACK)
-        near = np.flatnonzero(noise.floor(ids[heat]) <= weights)
+        reach = np.exp(logits[heat] - peak)
+        reach *= np.float32(bound * _SLACK)
+        near = heat.start + np.flatnonzero(noise.floor(ids[heat]) <= reach)
         if len(near) == 0:
             continue
-        scores = candidates.logits[heat][near].astype(np.float64)
-        scores += noise.gumbel(ids[heat][near])
+        scores = logits[near] + noise.gumbel(ids[near])
         winner = int(scores.argmax())
         if scores[winner] > best_score:
-            best_score, best_token = float(scores[winner]), int(ids[heat][near[winner]])
+            best_score, best_token = float(scores[winner]), int(ids[near[winner]])
             bound = min(bound, math.exp(float(peak) - best_score))
     return best_token
 
