@@ -133,12 +133,18 @@ class TokenStream:
 
 
 def end_of_turn_ids(folder: Path) -> tuple[int, ...]:
-    """Ids that end a turn, from ``generation_config.json``, else from ``config.json``."""
+    """Ids that end a turn, from ``generation_config.json``, else from ``config.json``.
+
+    Empty when neither names one. Raises ModelFormatError when what they name is no token id.
+    """
     for name in ("generation_config.json", "config.json"):
         value = _read_json(folder / name).get("eos_token_id")
+        if value is None:
+            continue
         ids = value if isinstance(value, list) else [value]
-        if ids and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-            return tuple(ids)
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+            raise ModelFormatError(f"{folder / name}: eos_token_id = {value!r} is no token id")
+        return tuple(ids)
     return ()
 
 

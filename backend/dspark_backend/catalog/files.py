@@ -34,7 +34,7 @@ class ModelFiles:
             ModelFormatError: damaged files, or weights that do not fit the config.
         """
         store = TensorStore.from_folder(self.folder)
-        check_tensors(self.config, store, store.shape, self.folder)
+        check_tensors(self.config, store.names(), store.shape, self.folder)
         return store
 
 

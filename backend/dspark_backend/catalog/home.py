@@ -14,6 +14,8 @@ from pathlib import Path
 
 import platformdirs
 
+from dspark_backend.errors import DownloadError
+
 HOME_VARIABLE = "DSPARK_AGENT_HOME"
 
 
@@ -37,11 +39,20 @@ def converted_folder(key: str) -> Path:
 
 @contextmanager
 def locked(what: str) -> Iterator[None]:
-    """One process (and thread) at a time works on ``what``; others wait for it."""
+    """One process (and thread) at a time works on ``what``; others wait for it.
+
+    Raises:
+        DownloadError: the cache folder cannot be written to.
+    """
     from filelock import FileLock  # a load from the cache needs no lock and skips the import
 
     folder = home() / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DownloadError(
+            f"cannot write to the model cache {home()}: {error}; set {HOME_VARIABLE} to another one"
+        ) from error
     with FileLock(folder / (hashlib.sha256(what.encode()).hexdigest()[:16] + ".lock")):
         yield
 

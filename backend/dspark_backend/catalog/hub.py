@@ -26,10 +26,8 @@ _CHECKPOINT_PATTERNS = [
     "model.safetensors.index.json",
 ]
 
-_CHUNK_REPORT = Callable[[int], None]
 
-
-def fetch_hub_file(source: HubSource, folder: Path, on_bytes: _CHUNK_REPORT) -> Path:
+def fetch_hub_file(source: HubSource, folder: Path, on_bytes: Callable[[int], None]) -> Path:
     """Download one file into ``folder``; the hub's client resumes what was interrupted.
 
     Raises:
@@ -64,7 +62,9 @@ def cached_checkpoint(repository: str) -> Path | None:
         return None
 
 
-def fetch_checkpoint(repository: str, filename: str | None, on_bytes: _CHUNK_REPORT) -> Path:
+def fetch_checkpoint(
+    repository: str, filename: str | None, on_bytes: Callable[[int], None]
+) -> Path:
     """Download a repository's checkpoint (or just ``filename`` of it) into the hub's cache.
 
     Returns the snapshot's folder.
@@ -156,9 +156,9 @@ def _reason(error: Exception) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-def _bar_reporting(on_bytes: _CHUNK_REPORT) -> type[Any]:
+def _bar_reporting(on_bytes: Callable[[int], None]) -> type[Any]:
     """A progress bar class for the hub's client that draws nothing and reports bytes."""
-    from huggingface_hub.utils import tqdm
+    from tqdm.std import tqdm  # type: ignore[import-untyped]
 
     lock = threading.Lock()
     total = 0.0
@@ -167,6 +167,7 @@ def _bar_reporting(on_bytes: _CHUNK_REPORT) -> type[Any]:
         def __init__(self, *args: Any, **options: Any) -> None:
             self._counts_bytes = options.get("unit") == "B"
             self._report(options.get("initial", 0))
+            options.pop("name", None)  # the hub client's own option, unknown to tqdm
             super().__init__(*args, **{**options, "disable": True})
 
         def update(self, n: float | None = 1) -> None:

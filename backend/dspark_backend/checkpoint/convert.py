@@ -55,7 +55,9 @@ def _write_weights(
     total = 2 * sum(math.prod(shape) for shape in shapes.values())
     done = 0
     with (
-        SafetensorsWriter(target / "model.safetensors", list(shapes.items()), torch.bfloat16) as out,
+        SafetensorsWriter(
+            target / "model.safetensors", list(shapes.items()), torch.bfloat16
+        ) as out,
         ThreadPoolExecutor(_THREADS) as pool,
     ):
         for name in shapes:
@@ -64,7 +66,6 @@ def _write_weights(
                 out.append(rows)
                 done += rows.nbytes
                 on_bytes(done, total)
-            file.release(tensor)
 
 
 def _chunks(
@@ -84,6 +85,7 @@ def _chunks(
     starts = range(0, tensor.rows, step)
     for window in range(0, len(starts), _THREADS):
         yield from pool.map(read, starts[window : window + _THREADS])
+        file.release(tensor)
 
 
 def _row_order(config: TargetConfig, name: str, tensor: GGUFTensor) -> np.ndarray | None:

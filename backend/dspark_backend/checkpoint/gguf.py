@@ -59,7 +59,7 @@ class GGUFTensor:
 
 
 class GGUFFile:
-    """A GGUF file whose header has been checked; tensor data stays on disk until it is asked for."""
+    """A GGUF file with a checked header; tensor data stays on disk until it is asked for."""
 
     def __init__(self, path: Path) -> None:
         """Map the file and read its header.

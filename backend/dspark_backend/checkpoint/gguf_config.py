@@ -106,7 +106,7 @@ def model_config(file: GGUFFile) -> dict[str, Any]:
 
 
 def _rope_scaling(file: GGUFFile, family: str, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Linear scaling is in the metadata; llama3 scaling is a tensor of divisors, recognised here."""
+    """Linear scaling is in the metadata; Llama 3's is a tensor of divisors, recognised here."""
     if ROPE_FREQUENCIES in file.tensors:
         return _llama3_scaling(file, config)
     kind = file.metadata.get(f"{family}.rope.scaling.type", "none")

@@ -34,7 +34,12 @@ _WORDS_QWEN2 = _WORDS_LLAMA3.replace("{1,3}", "")
 
 
 def _split(pattern: str) -> list[dict[str, Any]]:
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     return [split, {**_BYTE_LEVEL, "use_regex": False}]
 
 
@@ -130,7 +135,9 @@ def _sentencepiece_bpe(file: GGUFFile, tokens: list[str], types: list[int]) -> d
     if not isinstance(scores, list) or len(scores) < len(tokens):
         raise ModelFormatError(f"{file.path}: tokenizer.ggml.scores is missing or too short")
     prefix = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
-    unknown = [token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.UNKNOWN]
+    unknown = [
+        token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.UNKNOWN
+    ]
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     normalizers = [*([{"type": "Prepend", "prepend": "▁"}] if prefix else []), replace]
     decoders: list[dict[str, Any]] = [

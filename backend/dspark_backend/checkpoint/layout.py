@@ -48,8 +48,9 @@ def check_tensors(
     Raises:
         ModelFormatError: a tensor is missing or has another shape; names it and ``source``.
     """
+    present = frozenset(names)
     for name, shape in tensor_shapes(config).items():
-        if name not in names:
+        if name not in present:
             raise ModelFormatError(f"{source}: tensor {name!r} is missing")
         if shape_of(name) != shape:
             raise ModelFormatError(

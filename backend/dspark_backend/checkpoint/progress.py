@@ -12,6 +12,7 @@ class Stage(StrEnum):
 
     FETCH = "fetch"
     CONVERT = "convert"
+    QUANTISE = "quantise"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import torch
 
@@ -100,7 +100,7 @@ def _entry(path: Path, name: str, value: Any, base: int) -> TensorEntry:
     return TensorEntry(dtype, tuple(shape), base + start, base + end)
 
 
-def _naturals(value: Any) -> bool:
+def _naturals(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(
         isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 1 << 48
         for item in value
