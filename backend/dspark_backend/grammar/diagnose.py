@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from dspark_backend.errors import GrammarError
 from dspark_backend.grammar.schema import SCHEMA_LISTS, SCHEMA_MAPS, SCHEMAS, normalise
 
 _DEFINITIONS = ("$defs", "definitions")
@@ -21,7 +22,10 @@ def locate_failure(
     definitions = {key: schema[key] for key in _DEFINITIONS if key in schema}
 
     def complaint(part: Mapping[str, Any]) -> str | None:
-        return fails(normalise({**definitions, **part}, whole=False))
+        try:
+            return fails(normalise({**definitions, **part}, whole=False))
+        except GrammarError as error:  # taking a keyword away can leave a part that says nothing
+            return str(error)
 
     message = complaint(schema)
     if message is None:

@@ -1,0 +1,49 @@
+"""How a model family writes a tool call, as data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class CallFormat:
+    """A call is ``open + padding + {"name": ..., <arguments_key>: {...}} + padding + close``.
+
+    Calls of one turn stand ``separator`` apart; ``separator`` is None for a family that writes one
+    call a turn. Without ``open`` a call begins with its brace, so text and results may not look
+    like one.
+    """
+
+    name: str
+    open: str
+    close: str
+    padding: str
+    separator: str | None
+    arguments_key: str
+
+    def head(self, tool: str) -> str:
+        """The fixed text of a call from its brace to where the arguments begin."""
+        return f'{{"name": {json.dumps(tool)}, "{self.arguments_key}": '
+
+    def call(self, tool: str, arguments_json: str) -> str:
+        """The whole text of one call."""
+        body = f"{self.head(tool)}{arguments_json}}}"
+        return f"{self.open}{self.padding}{body}{self.padding}{self.close}"
+
+
+HERMES = CallFormat(
+    name="hermes",
+    open="<tool_call>",
+    close="</tool_call>",
+    padding="\n",
+    separator="\n",
+    arguments_key="arguments",
+)
+"""Qwen2.5, Qwen3 and the Hermes models; markers are special tokens or text, as the tokenizer has
+them."""
+
+LLAMA3 = CallFormat(
+    name="llama3", open="", close="", padding="", separator=None, arguments_key="parameters"
+)
+"""Llama 3.1 to 3.3: a bare JSON object. Their templates refuse a turn with several calls."""

@@ -1,0 +1,178 @@
+"""How one model family talks: conversation to tokens, turn grammar, and turns read back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dspark_backend.errors import BackendError, GrammarError, ModelFormatError, RequestError
+from dspark_backend.grammar.callformat import HERMES, LLAMA3, CallFormat
+from dspark_backend.grammar.compile import Grammar, GrammarCompiler
+from dspark_backend.grammar.generic import with_tools_in_words
+from dspark_backend.grammar.messages import ChatMessage, template_messages
+from dspark_backend.grammar.parser import TurnParser
+from dspark_backend.grammar.spec import ParsedTurn, ToolSchema, TurnSpec, openai_tools
+from dspark_backend.grammar.template import ChatTemplate
+from dspark_backend.grammar.turn import turn_lark
+
+if TYPE_CHECKING:
+    from dspark_backend.checkpoint.config import TargetConfig
+    from dspark_backend.tokenizer import Tokenizer
+
+
+class Dialect:
+    """A family whose chat template has a form of its own for tools.
+
+    ``name`` is ``hermes``, ``llama3`` or ``generic``; ``end_of_turn_id`` the token that the
+    template writes after an assistant's words; ``compiler`` compiles for this tokenizer.
+    """
+
+    def __init__(
+        self, name: str, tokenizer: Tokenizer, form: CallFormat, *, vocab_size: int = 0
+    ) -> None:
+        self.name = name
+        self._tokenizer = tokenizer
+        self._form = form
+        source = tokenizer.chat_template
+        self._template = None if source is None else ChatTemplate(source, tokenizer)
+        self.end_of_turn_id: int = self._end_of_turn()
+        self.compiler = GrammarCompiler(
+            tokenizer, vocab_size=vocab_size, end_of_turn_id=self.end_of_turn_id
+        )
+
+    def render_start(
+        self, messages: Sequence[ChatMessage], tools: Sequence[ToolSchema] = ()
+    ) -> list[int]:
+        """Tokens of a new conversation, through the prompt for the assistant's first turn.
+
+        Raises:
+            RequestError: messages or tools are malformed, or the model has no chat template.
+        """
+        plain, shown = self._prepare(template_messages(messages), openai_tools(tools))
+        return self._chat_template().start(plain, shown)
+
+    def render_next(self, messages: Sequence[ChatMessage], *, closed: bool = True) -> list[int]:
+        """The tokens to append to a log that ends with a generated assistant turn.
+
+        ``closed`` says whether the log has that turn's end-of-turn token already. The cost does
+        not grow with the conversation.
+
+        Raises:
+            RequestError: the messages are malformed, or the model has no chat template.
+        """
+        plain, _ = self._prepare(template_messages(messages), [])
+        tokens = self._chat_template().following(plain)
+        if closed and self.end_of_turn_id in tokens:
+            return tokens[tokens.index(self.end_of_turn_id) + 1 :]
+        return tokens
+
+    def grammar(self, spec: TurnSpec) -> Grammar | None:
+        """The grammar of a turn; None where any text will do.
+
+        Raises:
+            GrammarError: names the keyword of a schema that cannot be honoured and its path.
+        """
+        if not spec.tools and spec.result_schema is None:
+            return None
+        text = turn_lark(spec, self._form, self._tokenizer.added_tokens)
+        try:
+            grammar = self.compiler.compile_lark(text, kind=spec.kind)
+        except GrammarError as error:
+            schemas = {
+                f"{f['name']}.parameters": f.get("parameters") or {} for f in spec.callable_tools
+            }
+            if spec.result_schema is not None:
+                schemas["output"] = spec.result_schema
+            raise self.compiler.blame(schemas, error) from error
+        self._refuse_ambiguity(spec)
+        return grammar
+
+    def parser(self, spec: TurnSpec) -> TurnParser:
+        """A streaming parser for one turn under ``spec``."""
+        return TurnParser(spec, self._form)
+
+    def parse(self, text: str, spec: TurnSpec) -> ParsedTurn:
+        """A whole turn's text (without its end-of-turn token) read back.
+
+        Raises:
+            GrammarError: the text is none that the turn's grammar allows.
+        """
+        parser = self.parser(spec)
+        parser.feed(text)
+        return parser.finish()
+
+    def _prepare(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Messages and tools as the template is to see them."""
+        return messages, tools
+
+    def _chat_template(self) -> ChatTemplate:
+        if self._template is None:
+            raise RequestError(
+                "the model has no chat template, so messages cannot be rendered: use an"
+                " instruction-tuned model, or give the step its tokens directly"
+            )
+        return self._template
+
+    def _end_of_turn(self) -> int:
+        added = set(self._tokenizer.added_tokens.values())
+        tail = self._template.following([]) if self._template is not None else []
+        for token in (*(token for token in tail if token in added), *self._tokenizer.eos_token_ids):
+            return token
+        raise ModelFormatError(
+            "neither the chat template nor generation_config.json names a token that ends a turn"
+        )
+
+    def _refuse_ambiguity(self, spec: TurnSpec) -> None:
+        """Where a bare call and a result both begin with a brace, no result may look like a call."""
+        if self._form.open or spec.result_schema is None:
+            return
+        results = self.compiler.compile_json_schema(spec.result_schema)
+        for function in spec.callable_tools:
+            head = self._tokenizer.encode_plain(self._form.head(function["name"]))
+            if results.matcher().accepts_prefix(head) == len(head):
+                raise GrammarError(
+                    f"output: a result could begin like a call of {function['name']!r}; rename its"
+                    f" properties 'name' and {self._form.arguments_key!r}"
+                )
+
+
+class GenericDialect(Dialect):
+    """A model whose template knows no tools: they are put into words (see ``generic``)."""
+
+    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int = 0) -> None:
+        super().__init__("generic", tokenizer, HERMES, vocab_size=vocab_size)
+
+    def _prepare(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        return with_tools_in_words(messages, tools), []
+
+
+def dialect_for(tokenizer: Tokenizer, config: TargetConfig) -> Dialect:
+    """The dialect that the model's own chat template writes: each form is tried by rendering a
+    call with it; ``generic`` when the template shows neither tools nor calls.
+
+    Raises:
+        ModelFormatError: the template does not parse, or no token ends a turn.
+    """
+    if tokenizer.chat_template is not None:
+        template = ChatTemplate(tokenizer.chat_template, tokenizer)
+        for form in (HERMES, LLAMA3):
+            if _writes(template, form):
+                return Dialect(form.name, tokenizer, form, vocab_size=config.vocab_size)
+    return GenericDialect(tokenizer, vocab_size=config.vocab_size)
+
+
+def _writes(template: ChatTemplate, form: CallFormat) -> bool:
+    call = {"type": "function", "function": {"name": "probe", "arguments": {"place": "here"}}}
+    messages: list[Mapping[str, Any]] = [
+        {"role": "user", "content": "."},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    try:
+        rendered = template.text(messages)
+    except BackendError:
+        return False
+    return form.call("probe", '{"place": "here"}') in rendered

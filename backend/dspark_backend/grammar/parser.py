@@ -1,0 +1,241 @@
+"""A turn's text to calls, result and text, piece by piece as it is written."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from dspark_backend.errors import GrammarError
+from dspark_backend.grammar.callformat import CallFormat
+from dspark_backend.grammar.events import (
+    ObjectDelta,
+    TextDelta,
+    ToolCallArgsDelta,
+    ToolCallEnd,
+    ToolCallStart,
+    TurnEvent,
+)
+from dspark_backend.grammar.spec import ParsedCall, ParsedTurn, TurnSpec
+
+
+class TurnParser:
+    """Reads what the turn's grammar allows to be written, in pieces cut anywhere.
+
+    Text is reported as soon as it is certain: what may still turn out to be a marker, and
+    whitespace that may stand before one, waits.
+    """
+
+    def __init__(self, spec: TurnSpec, form: CallFormat) -> None:
+        self._form = form
+        self._may_write_text = spec.may_write_text
+        self._has_result = spec.result_schema is not None
+        self._heads = {form.head(f["name"]): f["name"] for f in spec.callable_tools}
+        self._limit = spec.call_limit if form.separator is not None else min(spec.call_limit, 1)
+        self._waiting = ""
+        self._events: list[TurnEvent] = []
+        self._read: Callable[[], bool] = self._beginning
+        self._text: list[str] = []
+        self._calls: list[ParsedCall] = []
+        self._json: list[str] = []
+        self._name = ""
+        self._scanner = _ObjectScanner()
+
+    def feed(self, text: str) -> list[TurnEvent]:
+        """The events that ``text``, the next piece of the turn, makes certain.
+
+        Raises:
+            GrammarError: the turn is none that its grammar allows.
+        """
+        self._waiting += text
+        while self._read():
+            pass
+        events, self._events = self._events, []
+        return events
+
+    def flush(self) -> list[TurnEvent]:
+        """The text that waited for what did not come; call it when the turn is over."""
+        if self._read == self._beginning and self._waiting:
+            self._read = self._free_text if self._may_write_text else self._result
+            self.feed("")
+        if self._read == self._free_text and self._waiting:
+            self._say(self._waiting)
+            self._waiting = ""
+        events, self._events = self._events, []
+        return events
+
+    def finish(self) -> ParsedTurn:
+        """The whole turn.
+
+        Raises:
+            GrammarError: the turn broke off inside a tool call or a result.
+        """
+        self.flush()
+        if self._read == self._beginning and not self._may_write_text:
+            raise GrammarError("the turn is empty, where a tool call or a result was demanded")
+        if self._read == self._result:
+            return ParsedTurn(object=_value("".join(self._json)), has_object=True)
+        whole_call = self._read == self._between_calls and not self._waiting
+        if not (whole_call or self._read in (self._free_text, self._beginning)):
+            raise GrammarError(
+                f"the turn breaks off inside tool call {len(self._calls)}"
+                f" ({self._name or 'before its name'}): give the step more tokens"
+            )
+        return ParsedTurn(text="".join(self._text), tool_calls=tuple(self._calls))
+
+    def _beginning(self) -> bool:
+        if not self._waiting:
+            return False
+        if self._heads:
+            openings = [self._form.open] if self._form.open else list(self._heads)
+            if any(self._waiting.startswith(opening) for opening in openings):
+                self._waiting = self._waiting.removeprefix(self._form.open)
+                self._read = self._call_head
+                return True
+            if any(opening.startswith(self._waiting) for opening in openings):
+                return False
+        is_result = self._has_result and (not self._may_write_text or self._waiting[0] in "{[")
+        if not is_result and not self._may_write_text:
+            raise self._unexpected("a tool call")
+        self._read = self._result if is_result else self._free_text
+        return True
+
+    def _free_text(self) -> bool:
+        if not (self._heads and self._form.open):
+            self._say(self._waiting)
+            self._waiting = ""
+            return False
+        said, marker, rest = self._waiting.partition(self._form.open)
+        if marker:
+            self._say(said.rstrip())
+            self._waiting = rest
+            self._read = self._call_head
+            return True
+        certain = self._waiting[: _possible_start(self._waiting, self._form.open)].rstrip()
+        self._say(certain)
+        self._waiting = self._waiting[len(certain) :]
+        return False
+
+    def _call_head(self) -> bool:
+        if len(self._calls) == self._limit:
+            raise GrammarError(f"more tool calls than the {self._limit} that the turn may hold")
+        for head, name in self._heads.items():
+            if self._take(self._form.padding + head):
+                self._name = name
+                self._events.append(ToolCallStart(len(self._calls), name))
+                self._scanner = _ObjectScanner()
+                self._json = []
+                self._read = self._arguments
+                return True
+        if any((self._form.padding + head).startswith(self._waiting) for head in self._heads):
+            return False
+        raise self._unexpected("a call of one of the tools " + ", ".join(self._heads.values()))
+
+    def _arguments(self) -> bool:
+        length = self._scanner.feed(self._waiting)
+        if length:
+            fragment, self._waiting = self._waiting[:length], self._waiting[length:]
+            self._json.append(fragment)
+            self._events.append(ToolCallArgsDelta(len(self._calls), fragment))
+        if not self._scanner.closed:
+            return False
+        self._read = self._call_tail
+        return True
+
+    def _call_tail(self) -> bool:
+        tail = "}" + self._form.padding + self._form.close
+        if not self._take(tail):
+            if tail.startswith(self._waiting):
+                return False
+            raise self._unexpected(f"{tail!r} after the arguments of {self._name}")
+        arguments = _value("".join(self._json))
+        self._events.append(ToolCallEnd(len(self._calls), self._name, arguments))
+        self._calls.append(ParsedCall(self._name, arguments))
+        self._name = ""
+        self._read = self._between_calls
+        return True
+
+    def _between_calls(self) -> bool:
+        again = (self._form.separator or "") + self._form.open
+        if again and self._take(again):
+            self._read = self._call_head
+            return True
+        if again.startswith(self._waiting):
+            return False
+        raise self._unexpected("the end of the turn or another call")
+
+    def _result(self) -> bool:
+        if self._waiting:
+            self._json.append(self._waiting)
+            self._events.append(ObjectDelta(self._waiting))
+            self._waiting = ""
+        return False
+
+    def _take(self, expected: str) -> bool:
+        found = self._waiting.startswith(expected)
+        if found:
+            self._waiting = self._waiting[len(expected) :]
+        return found
+
+    def _say(self, text: str) -> None:
+        if text:
+            self._text.append(text)
+            self._events.append(TextDelta(text))
+
+    def _unexpected(self, wanted: str) -> GrammarError:
+        return GrammarError(f"the turn goes on with {self._waiting[:40]!r} in place of {wanted}")
+
+
+class _ObjectScanner:
+    """Finds where a JSON object or array ends in a text that arrives in pieces."""
+
+    _STOPS = re.compile(r'[{}\[\]"\\]')
+
+    def __init__(self) -> None:
+        self.closed = False
+        self._depth = 0
+        self._in_string = False
+        self._escaped = False
+
+    def feed(self, text: str) -> int:
+        """How many characters of ``text`` belong to the value."""
+        place = 0
+        while place < len(text) and not self.closed:
+            if self._escaped:
+                self._escaped = False
+                place += 1
+                continue
+            stop = self._STOPS.search(text, place)
+            if stop is None:
+                return len(text)
+            place = stop.end()
+            self._step(stop[0])
+        return place
+
+    def _step(self, char: str) -> None:
+        if self._in_string:
+            self._escaped = char == "\\"
+            self._in_string = char != '"'
+        elif char == '"':
+            self._in_string = True
+        elif char in "{[":
+            self._depth += 1
+        elif char in "}]":
+            self._depth -= 1
+            self.closed = self._depth == 0
+
+
+def _possible_start(text: str, marker: str) -> int:
+    """Where in ``text`` an unfinished ``marker`` begins; the end of the text if there is none."""
+    for length in range(min(len(marker) - 1, len(text)), 0, -1):
+        if text.endswith(marker[:length]):
+            return len(text) - length
+    return len(text)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise GrammarError(f"the turn breaks off or is no JSON: {error}: {text[-60:]!r}") from error
