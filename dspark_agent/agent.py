@@ -1,0 +1,338 @@
+"""An agent: a model, its tools, and what its answers must be."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from types import NoneType
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypedDict, TypeVar, cast, overload
+
+import anyio
+from typing_extensions import TypeVar as DefaultTypeVar
+from typing_extensions import Unpack
+
+from dspark_agent.context import DepsT, RunContext
+from dspark_agent.core import Core
+from dspark_agent.declaration import Declaration
+from dspark_agent.errors import UserError
+from dspark_agent.history import History
+from dspark_agent.limits import UsageLimits
+from dspark_agent.messages import ModelRequest, ModelResponse
+from dspark_agent.models import infer_model
+from dspark_agent.models.base import Model
+from dspark_agent.output import JsonSchema, Output
+from dspark_agent.relay import EventHandler
+from dspark_agent.run import AgentRun, RunResult
+from dspark_agent.session import Session
+from dspark_agent.settings import ModelSettings
+from dspark_agent.step import UNSET
+from dspark_agent.stream import EventStream, streamed
+from dspark_agent.tools import Tool
+from dspark_agent.toolset import ContextToolDecorator, FunctionToolset, ToolDecorator, ToolOptions
+
+OutT = DefaultTypeVar("OutT", default=str)
+T = TypeVar("T")
+P = ParamSpec("P")
+R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class RunOptions(TypedDict, Generic[DepsT], total=False):
+    """Keywords of every way to run an agent.
+
+    ``deps``: what tools find in ``ctx.deps``. ``message_history``: messages or a History to go on
+    from. ``limits``: instead of the agent's. ``model`` and ``model_settings``: instead of, and
+    over, the agent's. ``on_event``: called (and awaited) with every event.
+    """
+
+    deps: DepsT
+    message_history: History | Sequence[ModelRequest | ModelResponse] | None
+    limits: UsageLimits | None
+    model: Model | str | None
+    model_settings: ModelSettings | None
+    on_event: EventHandler | None
+
+
+class Agent(Generic[DepsT, OutT]):
+    """Declares what a model may do and must answer; runs it, or opens sessions of typed steps.
+
+    Args:
+        model: a :class:`Model`, or the name of one for the embedded engine. A name is loaded when
+            it is first used; pass one Model object to several agents to load it once.
+        output_type: a type that pydantic can validate, ``[type, str]`` for a typed result or
+            text, or :class:`JsonSchema`.
+        instructions: said to the model before anything else; see also :meth:`instructions`.
+        deps_type: the type of ``deps``; documentation, type inference, and a check at run time.
+        tools: functions or Tools. toolsets: shared sets of them.
+        model_settings: over the model's own.
+        retries: how often in a row a tool may ask for a retry (tools may have their own), and,
+            unless ``output_retries`` says otherwise, an output may be refused.
+        tool_timeout: seconds one tool call may take, for tools without their own timeout.
+        limits: of every run, and over the whole of a session.
+
+    Raises:
+        UserError: the declaration cannot work. SchemaError: neither can a tool's or output's type.
+    """
+
+    @overload
+    def __init__(
+        self: Agent[DepsT, str],
+        model: Model | str,
+        *,
+        instructions: str | Sequence[str] = (),
+        deps_type: type[DepsT] = ...,
+        name: str | None = None,
+        tools: Sequence[Tool[DepsT] | Callable[..., Any]] = (),
+        toolsets: Sequence[FunctionToolset[DepsT]] = (),
+        model_settings: ModelSettings | None = None,
+        retries: int = 1,
+        output_retries: int | None = None,
+        tool_timeout: float | None = None,
+        limits: UsageLimits | None = None,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Agent[DepsT, T],
+        model: Model | str,
+        *,
+        output_type: type[T] | Sequence[type[T]],
+        instructions: str | Sequence[str] = (),
+        deps_type: type[DepsT] = ...,
+        name: str | None = None,
+        tools: Sequence[Tool[DepsT] | Callable[..., Any]] = (),
+        toolsets: Sequence[FunctionToolset[DepsT]] = (),
+        model_settings: ModelSettings | None = None,
+        retries: int = 1,
+        output_retries: int | None = None,
+        tool_timeout: float | None = None,
+        limits: UsageLimits | None = None,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Agent[DepsT, Any],
+        model: Model | str,
+        *,
+        output_type: JsonSchema,
+        instructions: str | Sequence[str] = (),
+        deps_type: type[DepsT] = ...,
+        name: str | None = None,
+        tools: Sequence[Tool[DepsT] | Callable[..., Any]] = (),
+        toolsets: Sequence[FunctionToolset[DepsT]] = (),
+        model_settings: ModelSettings | None = None,
+        retries: int = 1,
+        output_retries: int | None = None,
+        tool_timeout: float | None = None,
+        limits: UsageLimits | None = None,
+    ) -> None: ...
+    def __init__(
+        self,
+        model: Model | str,
+        *,
+        output_type: Any = str,
+        instructions: str | Sequence[str] = (),
+        deps_type: type[Any] = NoneType,
+        name: str | None = None,
+        tools: Sequence[Tool[DepsT] | Callable[..., Any]] = (),
+        toolsets: Sequence[FunctionToolset[DepsT]] = (),
+        model_settings: ModelSettings | None = None,
+        retries: int = 1,
+        output_retries: int | None = None,
+        tool_timeout: float | None = None,
+        limits: UsageLimits | None = None,
+    ) -> None:
+        self.model: Model = infer_model(model)
+        self.name = name or "agent"
+        self._declaration: Declaration[DepsT] = Declaration(
+            name=self.name,
+            output=Output(output_type),
+            deps_type=deps_type,
+            own_tools=FunctionToolset(tools),
+            toolsets=tuple(toolsets),
+            settings=model_settings,
+            retries=retries,
+            output_retries=retries if output_retries is None else output_retries,
+            tool_timeout=tool_timeout,
+            limits=limits,
+            instructions=[instructions] if isinstance(instructions, str) else list(instructions),
+        )
+        _ = self._declaration.tools  # finds two tools of one name here, not in the first run
+
+    # -- declaring -----------------------------------------------------------------------------
+
+    @overload
+    def tool(
+        self, function: Callable[Concatenate[RunContext[DepsT], P], R], /
+    ) -> Callable[Concatenate[RunContext[DepsT], P], R]: ...
+    @overload
+    def tool(self, /, **options: Unpack[ToolOptions]) -> ContextToolDecorator[DepsT]: ...
+    def tool(self, function: Any = None, /, **options: Unpack[ToolOptions]) -> Any:
+        """Decorator: a function that takes the :class:`RunContext` first, as a tool."""
+        return self._declaration.own_tools.decorator(function, options, takes_ctx=True)
+
+    @overload
+    def tool_plain(self, function: Callable[P, R], /) -> Callable[P, R]: ...
+    @overload
+    def tool_plain(self, /, **options: Unpack[ToolOptions]) -> ToolDecorator: ...
+    def tool_plain(self, function: Any = None, /, **options: Unpack[ToolOptions]) -> Any:
+        """Decorator: a function that does not take the context, as a tool."""
+        return self._declaration.own_tools.decorator(function, options, takes_ctx=False)
+
+    def instructions(self, function: F, /) -> F:
+        """Decorator: a function, ``()`` or ``(ctx)``, sync or async, whose text is added to the
+        instructions when a conversation begins."""
+        self._declaration.instructions.append(function)
+        return function
+
+    def output_validator(self, function: F, /) -> F:
+        """Decorator: a function, ``(output)`` or ``(ctx, output)``, sync or async, that gives back
+        the output (changed or not) or raises :class:`ModelRetry` with what is wrong with it."""
+        self._declaration.validators.append(function)
+        return function
+
+    # -- running -------------------------------------------------------------------------------
+
+    @overload
+    async def run(
+        self, prompt: str | None = None, **options: Unpack[RunOptions[DepsT]]
+    ) -> RunResult[OutT]: ...
+    @overload
+    async def run(
+        self,
+        prompt: str | None = None,
+        *,
+        output_type: type[T] | Sequence[type[T]],
+        **options: Unpack[RunOptions[DepsT]],
+    ) -> RunResult[T]: ...
+    @overload
+    async def run(
+        self,
+        prompt: str | None = None,
+        *,
+        output_type: JsonSchema,
+        **options: Unpack[RunOptions[DepsT]],
+    ) -> RunResult[Any]: ...
+    async def run(
+        self,
+        prompt: str | None = None,
+        *,
+        output_type: Any = UNSET,
+        **options: Unpack[RunOptions[DepsT]],
+    ) -> RunResult[Any]:
+        """Steps with all the agent's tools until one gives the output; ``options`` are those of
+        :class:`RunOptions`.
+
+        Raises:
+            DSparkError: see the errors under it. Whatever a tool raised, other than ModelRetry
+                and ToolFailed, comes out as it is.
+        """
+        async with self._driven(prompt, output_type, options) as run:
+            async for _ in run:
+                pass
+            return run.result
+
+    @overload
+    def run_sync(
+        self, prompt: str | None = None, **options: Unpack[RunOptions[DepsT]]
+    ) -> RunResult[OutT]: ...
+    @overload
+    def run_sync(
+        self,
+        prompt: str | None = None,
+        *,
+        output_type: type[T] | Sequence[type[T]],
+        **options: Unpack[RunOptions[DepsT]],
+    ) -> RunResult[T]: ...
+    @overload
+    def run_sync(
+        self,
+        prompt: str | None = None,
+        *,
+        output_type: JsonSchema,
+        **options: Unpack[RunOptions[DepsT]],
+    ) -> RunResult[Any]: ...
+    def run_sync(
+        self,
+        prompt: str | None = None,
+        *,
+        output_type: Any = UNSET,
+        **options: Unpack[RunOptions[DepsT]],
+    ) -> RunResult[Any]:
+        """:meth:`run`, from code that is not async."""
+        return anyio.run(partial(self.run, prompt, output_type=output_type, **options))
+
+    def iter(
+        self, prompt: str | None = None, **options: Unpack[RunOptions[DepsT]]
+    ) -> AbstractAsyncContextManager[AgentRun[DepsT, OutT]]:
+        """A run whose model turns the caller takes one by one:
+        ``async with agent.iter("...") as run: async for step in run: ...``"""
+        return self._driven(prompt, UNSET, options)
+
+    def run_stream(
+        self, prompt: str | None = None, **options: Unpack[RunOptions[DepsT]]
+    ) -> AbstractAsyncContextManager[EventStream[RunResult[OutT]]]:
+        """A run whose events the caller reads as they come:
+        ``async with agent.run_stream("...") as stream: async for event in stream: ...``"""
+        if options.get("on_event") is not None:
+            raise UserError("run_stream gives the events itself; use run(on_event=...) instead")
+
+        async def work(handler: EventHandler) -> RunResult[OutT]:
+            return await self.run(prompt, **(options | {"on_event": handler}))
+
+        return streamed(work)
+
+    def session(
+        self,
+        *,
+        deps: DepsT | None = None,
+        history: History | Sequence[ModelRequest | ModelResponse] | None = None,
+        limits: UsageLimits | None = None,
+        model: Model | str | None = None,
+        model_settings: ModelSettings | None = None,
+        on_event: EventHandler | None = None,
+    ) -> Session[DepsT, OutT]:
+        """A conversation of typed steps: ``async with agent.session() as s: await s.step("...")``.
+
+        ``limits`` hold over the whole of the session; the agent's by default.
+        """
+        core = self._core(
+            {"model": model, "model_settings": model_settings, "on_event": on_event, "deps": deps},
+            limits=limits or self._declaration.limits,
+        )
+        return Session(core, History.of(history))
+
+    @asynccontextmanager
+    async def _driven(
+        self, prompt: str | None, output_type: Any, options: RunOptions[DepsT]
+    ) -> AsyncIterator[AgentRun[DepsT, Any]]:
+        core = self._core(options, limits=None)
+        limits = options.get("limits") or self._declaration.limits or UsageLimits()
+        try:
+            with core.work(limits) as work:
+                await core.open(History.of(options.get("message_history")))
+                yield AgentRun(core, work, prompt, output_type)
+        finally:
+            await core.close()
+
+    def _core(self, options: RunOptions[Any], *, limits: UsageLimits | None) -> Core[DepsT]:
+        model = options.get("model")
+        return Core(
+            self._declaration,
+            self.model if model is None else infer_model(model),
+            deps=cast(DepsT, options.get("deps")),  # None is checked against deps_type
+            settings=options.get("model_settings"),
+            limits=limits,
+            on_event=options.get("on_event"),
+        )
+
+    # -- closing -------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Close the agent's model: its engine's memory and thread, or its connections."""
+        await self.model.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()

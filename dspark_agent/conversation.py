@@ -1,0 +1,59 @@
+"""What a session has said and heard so far: copied before a step, put back if it fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dspark_agent.execution import RetryCount
+from dspark_agent.messages import ModelRequest, ModelResponse, RequestPart, open_calls
+from dspark_agent.repeats import RepeatGuard
+from dspark_agent.step import StepResult
+
+
+@dataclass(slots=True)
+class Conversation:
+    """``sent`` counts the messages the model session knows; the rest goes with the next turn."""
+
+    messages: list[ModelRequest | ModelResponse] = field(default_factory=list)
+    sent: int = 0
+    steps: list[StepResult[Any]] = field(default_factory=list)
+    retries: RetryCount = field(default_factory=RetryCount)
+    repeats: RepeatGuard = field(default_factory=RepeatGuard)
+
+    def copy(self) -> Conversation:
+        return Conversation(
+            list(self.messages),
+            self.sent,
+            list(self.steps),
+            self.retries.copy(),
+            self.repeats.copy(),
+        )
+
+    @property
+    def unsent(self) -> list[ModelRequest | ModelResponse]:
+        """The messages that the model has not seen yet."""
+        return self.messages[self.sent :]
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is a request the model has not answered."""
+        return bool(self.messages) and isinstance(self.messages[-1], ModelRequest)
+
+    @property
+    def has_open_calls(self) -> bool:
+        """Whether the last response holds calls that nobody has run."""
+        return bool(open_calls(self.messages))
+
+    def ask(self, *parts: RequestPart) -> None:
+        """Add parts to the request that goes with the next turn."""
+        last = self.messages[-1] if self.unsent else None
+        if isinstance(last, ModelRequest):
+            self.messages[-1] = ModelRequest(parts=(*last.parts, *parts))
+        else:
+            self.messages.append(ModelRequest(parts=parts))
+
+    def heard(self, response: ModelResponse) -> None:
+        """Add the model's response; everything before it counts as sent."""
+        self.messages.append(response)
+        self.sent = len(self.messages)

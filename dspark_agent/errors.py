@@ -1,0 +1,127 @@
+"""The SDK's errors: one tree under :class:`DSparkError`, and the two exceptions tools raise.
+
+Every message says what was wrong, where, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class DSparkError(Exception):
+    """Root of everything the SDK raises on purpose."""
+
+
+class UserError(DSparkError):
+    """The SDK was used in a way that cannot work: a wrong declaration or a wrong call."""
+
+
+class SchemaError(UserError):
+    """A signature, output type or JSON Schema cannot be offered to a model."""
+
+
+class SessionClosedError(UserError):
+    """The session was closed, or already has a step in flight."""
+
+
+class ModelError(DSparkError):
+    """The model, or the engine or server it runs on, failed."""
+
+
+class ModelNotFoundError(ModelError):
+    """No model goes by that name, or none of its sources could be reached."""
+
+
+class ContextLengthError(ModelError):
+    """The step does not fit in the model's context window; nothing was truncated."""
+
+
+class ModelHTTPError(ModelError):
+    """A remote model answered with an error, or not at all.
+
+    ``status_code`` is None where no response arrived; ``body`` is the response's text, if any.
+    """
+
+    def __init__(self, message: str, *, status_code: int | None = None, body: str = "") -> None:
+        super().__init__(message)
+        self.status_code = status_code
+        self.body = body
+
+
+class UnexpectedModelBehavior(DSparkError):  # noqa: N818 - the name pydantic-ai's users know
+    """The model did not do what the step asked for, after every retry."""
+
+
+class OutputError(UnexpectedModelBehavior):
+    """The output was rejected more often than ``retries`` allows.
+
+    ``text`` is the last answer as the model wrote it, ``reason`` the last complaint.
+    """
+
+    def __init__(self, reason: str, *, text: str, attempts: int) -> None:
+        super().__init__(
+            f"the output was rejected {attempts} time(s), the last time because: {reason}\n"
+            f"last answer: {text!r}"
+        )
+        self.reason = reason
+        self.text = text
+        self.attempts = attempts
+
+
+class ToolRetriesExceeded(UnexpectedModelBehavior):
+    """One tool asked for a retry more often in a row than its ``retries`` allow."""
+
+    def __init__(self, tool_name: str, reason: str, *, retries: int) -> None:
+        super().__init__(
+            f"tool {tool_name!r} asked for a retry more than {retries} time(s) in a row, "
+            f"the last time because: {reason}"
+        )
+        self.tool_name = tool_name
+        self.reason = reason
+        self.retries = retries
+
+
+class UsageLimitExceeded(DSparkError):  # noqa: N818 - the name pydantic-ai's users know
+    """A limit of :class:`~dspark_agent.UsageLimits` was reached; ``limit_name`` says which."""
+
+    def __init__(self, limit_name: str, *, limit: int, used: int) -> None:
+        super().__init__(
+            f"{limit_name} of {limit} reached (next would be {used}); raise it in UsageLimits, "
+            "or narrow the steps"
+        )
+        self.limit_name = limit_name
+        self.limit = limit
+        self.used = used
+
+
+class DeadlineExceeded(DSparkError):  # noqa: N818 - reads as the event it reports
+    """``wall_seconds`` passed before the run or step was done; the work was cancelled."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"not done within wall_seconds={seconds:g}; the work was cancelled")
+        self.seconds = seconds
+
+
+class RunCancelled(DSparkError):  # noqa: N818 - reads as the event it reports
+    """Somebody called :meth:`RunContext.cancel`; ``reason`` is what they gave."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the run was cancelled: {reason}")
+        self.reason = reason
+
+
+class ModelRetry(Exception):  # noqa: N818 - the name pydantic-ai's users know
+    """Raised by a tool or output validator: the model should try again, and this is why.
+
+    Counts against the tool's (or the output's) ``retries``.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class ToolFailed(Exception):  # noqa: N818 - reads as the event it reports
+    """Raised by a tool: its work failed, and the model should know. Not counted as a retry."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message

@@ -1,0 +1,185 @@
+"""What a step's answer must be: an output type as JSON Schema, and its validation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, Union
+
+import jsonschema
+import pydantic_core
+import referencing
+from pydantic import TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
+
+from dspark_agent.errors import ModelRetry, SchemaError
+from dspark_agent.function_schema import validation_text, without_titles
+
+T = TypeVar("T")
+WRAPPED_KEY = "result"
+"""The only key of the object around an output that is not an object itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class JsonSchema:
+    """A bare JSON Schema as output type: the output is what the JSON says (Any).
+
+    It is validated with jsonschema (the draft that ``$schema`` names; 2020-12 by default).
+
+    Raises:
+        SchemaError: it is not a valid JSON Schema.
+    """
+
+    schema: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        try:
+            jsonschema.validators.validator_for(self.schema).check_schema(self.schema)
+        except jsonschema.SchemaError as error:
+            path = "/".join(str(step) for step in error.absolute_path) or "its root"
+            raise SchemaError(f"JsonSchema: {error.message} (at {path})") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """A typed result that is still being written.
+
+    ``data`` is the JSON so far, ``value`` the output type's reading of it, None while that is
+    not possible (required fields are missing).
+    """
+
+    data: Any
+    value: Any
+
+
+class Output(Generic[T]):
+    """An output type, ready to be asked for and checked.
+
+    ``schema`` is a JSON Schema of type object, or None where only text is asked for; ``allow_text``
+    says whether plain text is an answer.
+    """
+
+    def __init__(self, output_type: Any) -> None:
+        options = output_type if _is_choice(output_type) else (output_type,)
+        typed = tuple(option for option in options if option is not str)
+        self.allow_text = len(typed) < len(options)
+        self.schema: dict[str, Any] | None = None
+        self._wrapped = False
+        self._adapter: TypeAdapter[Any] | None = None
+        self._bare: JsonSchema | None = None
+        if not options:
+            raise SchemaError("output_type is empty; give a type, JsonSchema(...) or [type, str]")
+        if typed and isinstance(typed[0], JsonSchema) and len(typed) == 1:
+            self._bare = typed[0]
+            self._set_schema(dict(typed[0].schema))
+        elif typed:
+            self._adapter = _adapter(typed)
+            self._set_schema(without_titles(_schema(self._adapter)))
+
+    def _set_schema(self, schema: dict[str, Any]) -> None:
+        self._wrapped = not _describes_object(schema)
+        self.schema = _wrap(schema) if self._wrapped else schema
+
+    def validate(self, text: str) -> T:
+        """The model's answer as the output type.
+
+        Raises:
+            ModelRetry: with what is wrong, in words for the model.
+        """
+        if self.schema is None:
+            return text  # type: ignore[return-value]
+        try:
+            data = pydantic_core.from_json(text)
+        except ValueError as error:
+            if self.allow_text:
+                return text  # type: ignore[return-value]
+            raise ModelRetry(f"The answer is not valid JSON: {error}") from None
+        return self._validate_json(data)
+
+    def _validate_json(self, data: Any) -> T:
+        if self._wrapped:
+            if not isinstance(data, dict) or WRAPPED_KEY not in data:
+                raise ModelRetry(f'The answer must be {{"{WRAPPED_KEY}": ...}}')
+            data = data[WRAPPED_KEY]
+        if self._bare is not None:
+            _check_bare(self._bare, data)
+            return data  # type: ignore[no-any-return]
+        assert self._adapter is not None
+        try:
+            return self._adapter.validate_json(json.dumps(data))  # type: ignore[no-any-return]
+        except ValidationError as error:
+            raise ModelRetry(validation_text(error)) from None
+
+    def partial(self, text: str) -> Partial | None:
+        """Read an answer that is still being written; None before there is anything to read."""
+        if self.schema is None:
+            return None
+        try:
+            data = pydantic_core.from_json(text, allow_partial="trailing-strings")
+        except ValueError:
+            return None
+        if self._wrapped:
+            if not isinstance(data, dict) or WRAPPED_KEY not in data:
+                return None
+            data = data[WRAPPED_KEY]
+        if self._adapter is None:
+            return Partial(data, data)
+        try:
+            value = self._adapter.validate_python(
+                data, experimental_allow_partial="trailing-strings"
+            )
+        except ValidationError:
+            value = None
+        return Partial(data, value)
+
+
+def _is_choice(output_type: Any) -> bool:
+    return isinstance(output_type, Sequence) and not isinstance(output_type, str)
+
+
+def _adapter(types: tuple[Any, ...]) -> TypeAdapter[Any]:
+    if any(isinstance(option, JsonSchema) for option in types):
+        raise SchemaError("a JsonSchema cannot be combined with other types; write it as one anyOf")
+    try:
+        choice: Any = types[0] if len(types) == 1 else Union[types]  # noqa: UP007
+        return TypeAdapter(choice)
+    except PydanticUserError as error:
+        raise SchemaError(f"output_type {types}: {error.message}") from error
+
+
+def _schema(adapter: TypeAdapter[Any]) -> dict[str, Any]:
+    try:
+        return adapter.json_schema()
+    except PydanticUserError as error:
+        raise SchemaError(f"output_type: {error.message}") from error
+
+
+def _describes_object(schema: Mapping[str, Any]) -> bool:
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#/$defs/"):
+        return _describes_object(schema.get("$defs", {}).get(reference[len("#/$defs/") :], {}))
+    return schema.get("type") == "object"
+
+
+def _wrap(schema: dict[str, Any]) -> dict[str, Any]:
+    inner = {key: value for key, value in schema.items() if key not in ("$defs", "$schema")}
+    wrapped: dict[str, Any] = {
+        "type": "object",
+        "properties": {WRAPPED_KEY: inner},
+        "required": [WRAPPED_KEY],
+        "additionalProperties": False,
+    }
+    return wrapped | {key: schema[key] for key in ("$defs", "$schema") if key in schema}
+
+
+def _check_bare(bare: JsonSchema, data: Any) -> None:
+    # An empty registry: references are never fetched from the network.
+    checker = jsonschema.validators.validator_for(bare.schema)
+    validator = checker(bare.schema, registry=referencing.Registry())
+    complaints = [
+        f"{error.json_path}: {error.message}"
+        for error in sorted(validator.iter_errors(data), key=lambda e: e.json_path)
+    ]
+    if complaints:
+        raise ModelRetry("\n".join(complaints))

@@ -1,0 +1,64 @@
+"""From the model's events to the caller's."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable
+from typing import Any, assert_never
+
+from dspark_agent.events import (
+    AgentEvent,
+    PartialOutput,
+    TextDelta,
+    ToolCallDelta,
+    ToolCallEnd,
+    ToolCallStart,
+)
+from dspark_agent.models.base import CallChunk, CallEnd, CallStart, ModelEvent, TextChunk
+from dspark_agent.output import Output, Partial
+
+EventHandler = Callable[[AgentEvent], Awaitable[None] | None]
+"""A caller's listener, sync or async; it is awaited, so a slow one slows the run."""
+
+
+class EventRelay:
+    """Gives one turn's events to the caller's handler, with the typed result read as it grows."""
+
+    def __init__(self, handler: EventHandler | None, step: int, output: Output[Any]) -> None:
+        self._handler = handler
+        self.step = step
+        self._output = output
+        self._text = ""
+        self._partial: Partial | None = None
+
+    async def send(self, event: AgentEvent) -> None:
+        """Hand ``event`` to the caller's handler, if there is one."""
+        if self._handler is None:
+            return
+        answer = self._handler(event)
+        if inspect.isawaitable(answer):
+            await answer
+
+    async def on_model(self, event: ModelEvent) -> None:
+        """Hand on what the model session emits."""
+        if self._handler is None:
+            return
+        match event:
+            case TextChunk(delta):
+                await self.send(TextDelta(self.step, delta))
+                await self._send_partial(delta)
+            case CallStart(index, tool_name):
+                await self.send(ToolCallStart(self.step, index, tool_name))
+            case CallChunk(index, delta):
+                await self.send(ToolCallDelta(self.step, index, delta))
+            case CallEnd(index, call):
+                await self.send(ToolCallEnd(self.step, index, call))
+            case _:
+                assert_never(event)
+
+    async def _send_partial(self, delta: str) -> None:
+        self._text += delta
+        partial = self._output.partial(self._text)
+        if partial is not None and partial != self._partial:
+            self._partial = partial
+            await self.send(PartialOutput(self.step, partial.data, partial.value))

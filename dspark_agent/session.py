@@ -1,0 +1,224 @@
+"""A conversation with an agent, one typed step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Self, overload
+
+from typing_extensions import TypeVar
+
+from dspark_agent.context import DepsT
+from dspark_agent.conversation import Conversation
+from dspark_agent.core import Core
+from dspark_agent.history import History
+from dspark_agent.limits import RunUsage, UsageLimits
+from dspark_agent.messages import ModelRequest, ModelResponse
+from dspark_agent.output import JsonSchema
+from dspark_agent.run import AgentRun, RunResult
+from dspark_agent.settings import ModelSettings
+from dspark_agent.step import UNSET, StepResult
+
+OutT = TypeVar("OutT", default=str)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class SessionMark:
+    """Where a session stood; see :meth:`Session.mark`."""
+
+    conversation: Conversation
+    model_mark: object
+
+
+class Session(Generic[DepsT, OutT]):
+    """A conversation: made by :meth:`Agent.session`, used as an async context manager.
+
+    A step that fails or is cancelled leaves the session as it was before the step. One step at a
+    time; :meth:`fork` for more. ``usage`` is what the session has used, failed steps included.
+    """
+
+    def __init__(self, core: Core[DepsT], history: History) -> None:
+        self._core = core
+        self._history = history
+
+    # -- what was said -------------------------------------------------------------------------
+
+    @property
+    def usage(self) -> RunUsage:
+        """What the session has used so far, steps that failed included."""
+        return self._core.usage
+
+    @property
+    def messages(self) -> tuple[ModelRequest | ModelResponse, ...]:
+        """The conversation so far, a history it was resumed from included."""
+        return tuple(self._core.conversation.messages)
+
+    @property
+    def steps(self) -> tuple[StepResult[Any], ...]:
+        """The model turns of this session, in order; refused ones included."""
+        return tuple(self._core.conversation.steps)
+
+    @property
+    def history(self) -> History:
+        """The conversation as a value that serialises, to go on from later."""
+        return self._core.history()
+
+    # -- steps ---------------------------------------------------------------------------------
+
+    @overload
+    async def step(
+        self,
+        prompt: str | None = None,
+        *,
+        tools: Sequence[str] | None = None,
+        tool_choice: str | None = None,
+        settings: ModelSettings | None = None,
+        limits: UsageLimits | None = None,
+        retries: int | None = None,
+    ) -> StepResult[OutT]: ...
+    @overload
+    async def step(
+        self,
+        prompt: str | None = None,
+        *,
+        output_type: type[T] | Sequence[type[T]],
+        tools: Sequence[str] | None = None,
+        tool_choice: str | None = None,
+        settings: ModelSettings | None = None,
+        limits: UsageLimits | None = None,
+        retries: int | None = None,
+    ) -> StepResult[T]: ...
+    @overload
+    async def step(
+        self,
+        prompt: str | None = None,
+        *,
+        output_type: JsonSchema,
+        tools: Sequence[str] | None = None,
+        tool_choice: str | None = None,
+        settings: ModelSettings | None = None,
+        limits: UsageLimits | None = None,
+        retries: int | None = None,
+    ) -> StepResult[Any]: ...
+    async def step(
+        self,
+        prompt: str | None = None,
+        *,
+        output_type: Any = UNSET,
+        tools: Sequence[str] | None = None,
+        tool_choice: str | None = None,
+        settings: ModelSettings | None = None,
+        limits: UsageLimits | None = None,
+        retries: int | None = None,
+    ) -> StepResult[Any]:
+        """One model turn, and the tool calls it made.
+
+        What the turn may emit: with ``output_type`` alone, that output and no tool call; with
+        ``tool_choice="name"``, exactly that call; with ``tools=[...]``, those tools or the
+        agent's output; with none of these, any of the agent's tools or its output.
+
+        A refused output, or a step all of whose calls asked for a retry, is taken again with the
+        same choice and the reason in the conversation: outputs up to ``retries`` times, tools up
+        to their own.
+
+        Args:
+            prompt: what to say first; None where tool results (or a history) wait for an answer.
+            output_type: a type, ``[type, str]`` (typed result or text), or a JsonSchema.
+            tools: names of the tools to choose from; ``[]`` for none.
+            tool_choice: ``auto``, ``required``, ``none``, or a tool's name.
+            settings: over those of session, agent and model.
+            limits: for this step alone, within the session's.
+            retries: how often a refused output is asked for again; None takes the agent's.
+
+        Raises:
+            OutputError: the output was refused more often than ``retries``.
+            ToolRetriesExceeded: a tool asked for more retries in a row than it has.
+            UsageLimitExceeded, DeadlineExceeded, RunCancelled, ModelError: as their names say.
+        """
+        core = self._core
+        plan = core.declaration.plan(
+            output_type=output_type,
+            tools=tools,
+            tool_choice=tool_choice,
+            settings=(core.model.settings, core.settings, settings),
+            retries=retries,
+        )
+        with core.work(limits) as work:
+            async with core.whole_or_not_at_all():
+                await core.ask(prompt, work)
+                attempt = 1
+                while (result := await core.take(plan, work, attempt)).retry_reason is not None:
+                    attempt += 1
+        return result
+
+    @overload
+    async def run(
+        self, prompt: str | None = None, *, limits: UsageLimits | None = None
+    ) -> RunResult[OutT]: ...
+    @overload
+    async def run(
+        self,
+        prompt: str | None = None,
+        *,
+        output_type: type[T] | Sequence[type[T]],
+        limits: UsageLimits | None = None,
+    ) -> RunResult[T]: ...
+    @overload
+    async def run(
+        self,
+        prompt: str | None = None,
+        *,
+        output_type: JsonSchema,
+        limits: UsageLimits | None = None,
+    ) -> RunResult[Any]: ...
+    async def run(
+        self,
+        prompt: str | None = None,
+        *,
+        output_type: Any = UNSET,
+        limits: UsageLimits | None = None,
+    ) -> RunResult[Any]:
+        """Steps with all the agent's tools until one gives the output.
+
+        ``limits`` count for this run, within the session's; the agent's by default. A failing
+        step is undone, the steps before it stand.
+
+        Raises:
+            DSparkError: as :meth:`step`.
+        """
+        limits = limits or self._core.declaration.limits or UsageLimits()
+        with self._core.work(limits) as work:
+            run: AgentRun[DepsT, Any] = AgentRun(self._core, work, prompt, output_type)
+            async for _ in run:
+                pass
+        return run.result
+
+    # -- copies --------------------------------------------------------------------------------
+
+    def mark(self) -> SessionMark:
+        """Where the session stands, to :meth:`rollback` to."""
+        return SessionMark(self._core.conversation.copy(), self._core.model_session.mark())
+
+    async def rollback(self, mark: SessionMark) -> None:
+        """Forget everything since ``mark`` (what tools did outside stays done)."""
+        await self._core.rollback(mark.conversation, mark.model_mark)
+
+    async def fork(self) -> Session[DepsT, OutT]:
+        """An independent session that starts with all that was said in this one.
+
+        On the embedded model it shares this one's KV. Close it, or use it with ``async with``.
+        """
+        return Session(await self._core.fork(), self._history)
+
+    async def close(self) -> None:
+        """Free what the session holds in the model. Idempotent."""
+        await self._core.close()
+
+    async def __aenter__(self) -> Self:
+        if not self._core.is_open:
+            await self._core.open(self._history)
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()

@@ -1,0 +1,153 @@
+"""Tools: Python functions that a model may call."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Self, overload
+
+import anyio.to_thread
+
+from dspark_agent.context import DepsT_contra, RunContext
+from dspark_agent.errors import UserError
+from dspark_agent.function_schema import FunctionSchema, function_schema
+
+RESERVED_NAMES = frozenset({"auto", "required", "none"})
+"""Values of ``tool_choice``, which no tool may be called."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolDefinition:
+    """What a model is told about a tool. ``parameters`` is a JSON Schema of type object."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+
+
+class Tool(Generic[DepsT_contra]):
+    """A function as a tool: its description, its arguments' schema, and how it is run.
+
+    Args:
+        function: sync (runs in a worker thread) or async. Every parameter is annotated; a first
+            parameter of type :class:`RunContext` is filled in by the run and hidden from the model.
+        name: what the model calls it; the function's own name by default.
+        description: the docstring's text by default.
+        takes_ctx: whether the first parameter is the context; None looks at its annotation.
+        retries: how often in a row it may ask for a retry; None takes the agent's.
+        timeout: seconds one call may take; None takes the agent's ``tool_timeout``.
+        sequential: never run at the same time as another call of the same step.
+
+    Raises:
+        SchemaError: the signature cannot be described to a model.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        name: str | None = None,
+        description: str | None = None,
+        takes_ctx: bool | None = None,
+        retries: int | None = None,
+        timeout: float | None = None,
+        sequential: bool = False,
+    ) -> None:
+        self.function = function
+        self.schema: FunctionSchema = function_schema(
+            function, name=name, description=description, takes_ctx=takes_ctx
+        )
+        self.name = self.schema.name
+        if self.name in RESERVED_NAMES:
+            raise UserError(f"a tool cannot be called {self.name!r}: it is a tool_choice")
+        self.retries = retries
+        self.timeout = timeout
+        self.sequential = sequential
+        functools.update_wrapper(self, function, updated=())
+
+    def __repr__(self) -> str:
+        return f"Tool({self.name!r})"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function itself, as undecorated code would."""
+        return self.function(*args, **kwargs)
+
+    @property
+    def definition(self) -> ToolDefinition:
+        """What a model is told about this tool."""
+        return ToolDefinition(self.name, self.schema.description, self.schema.parameters)
+
+    def with_defaults(self, *, timeout: float | None, retries: int | None) -> Self:
+        """This tool with ``timeout`` and ``retries`` where it has none of its own."""
+        tool = copy.copy(self)
+        tool.timeout = timeout if self.timeout is None else self.timeout
+        tool.retries = retries if self.retries is None else self.retries
+        return tool
+
+    async def run(self, ctx: RunContext[DepsT_contra], arguments: Mapping[str, Any]) -> Any:
+        """Call the function with validated ``arguments``; in a worker thread if it is sync.
+
+        A cancelled call of a sync function is abandoned: its thread ends when the function does
+        (see :meth:`RunContext.check_cancelled`).
+        """
+        args, kwargs = self.schema.bind(arguments)
+        if self.schema.takes_ctx:
+            args.insert(0, ctx)
+        if _is_async(self.function):
+            result: Awaitable[Any] = self.function(*args, **kwargs)
+            return await result
+        call = functools.partial(self.function, *args, **kwargs)
+        return await anyio.to_thread.run_sync(call, abandon_on_cancel=True)
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004 - an object with an async __call__
+    )
+
+
+@overload
+def tool(function: Callable[..., Any], /) -> Tool[Any]: ...
+@overload
+def tool(
+    *,
+    name: str | None = None,
+    description: str | None = None,
+    retries: int | None = None,
+    timeout: float | None = None,
+    sequential: bool = False,
+) -> Callable[[Callable[..., Any]], Tool[Any]]: ...
+def tool(
+    function: Callable[..., Any] | None = None,
+    /,
+    *,
+    name: str | None = None,
+    description: str | None = None,
+    retries: int | None = None,
+    timeout: float | None = None,
+    sequential: bool = False,
+) -> Tool[Any] | Callable[[Callable[..., Any]], Tool[Any]]:
+    """Decorator: a function as a :class:`Tool` that several agents can use.
+
+    >>> @tool(timeout=5)
+    ... def add(a: int, b: int) -> int:
+    ...     "Add two numbers."
+    ...     return a + b
+    """
+
+    def decorate(function: Callable[..., Any]) -> Tool[Any]:
+        return Tool(
+            function,
+            name=name,
+            description=description,
+            retries=retries,
+            timeout=timeout,
+            sequential=sequential,
+        )
+
+    return decorate if function is None else decorate(function)
