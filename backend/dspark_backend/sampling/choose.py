@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from dspark_backend.sampling.candidates import Candidates
@@ -36,6 +37,15 @@ def coupled_choice(candidates: Candidates, noise: Noise) -> int:
     if len(ids) > _FIRST_HEAT:
         return _race(candidates.logits, ids, peak, noise)
     return int(ids[(candidates.logits + noise.gumbel(ids)).argmax()])
+
+
+def sample(probabilities: torch.Tensor, noise: Noise) -> int:
+    """A draw from ``probabilities`` (``[V] float64``, non-negative, not necessarily normalised).
+
+    The plain form, for the streams of rejection sampling (:mod:`dspark_backend.sampling.verify`).
+    """
+    gumbel = noise.gumbel(np.arange(len(probabilities), dtype=np.uint32))
+    return int((probabilities.log() + torch.from_numpy(gumbel)).argmax())
 
 
 def _race(

@@ -38,7 +38,8 @@ class Noise:
     __slots__ = ("_coarse_keys", "_fine_keys")
 
     def __init__(self, seed: int, stream: Stream, position: int, slot: int = 0) -> None:
-        state = seed & _MASK64
+        # The seed is mixed before a word meets it: small seeds and small words would cancel out.
+        state = _mix64((seed + _GOLDEN) & _MASK64)
         for word in (stream.value, position, slot):
             state = _mix64(((state + _GOLDEN) & _MASK64) ^ (word & _MASK64))
         coarse = _mix64((state + _GOLDEN) & _MASK64)

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dspark_backend.sampling.candidates import Candidates
-from dspark_backend.sampling.choose import coupled_choice
+from dspark_backend.sampling.choose import sample
 from dspark_backend.sampling.noise import Noise, Stream, acceptance_uniform, coupled_noise
 
 
@@ -56,16 +55,19 @@ def verify_rejection(
     on the first rejection emit a sample of the normalised ``(p - q)+``, after none one of ``p_n``.
 
     ``p`` ``[n + 1, V]`` and ``q`` ``[n, V]`` are float64 probabilities; ``q[k]`` is exactly what
-    ``drafts[k]`` was drawn from, by noise of ``Stream.DRAFT``. An illegal draft has ``p = 0``: it
-    is rejected *into the residual* (cutting the block before it and sampling ``p`` is biased).
+    ``drafts[k]`` was drawn from (one-hot for a deterministic draft), by the noise of
+    ``Stream.DRAFT`` at the anchor's position and slot k: an anchor is drafted from once, while a
+    position may be drafted again after a rejection. An illegal draft has ``p = 0``: it is rejected
+    *into the residual* (cutting the block before it and sampling ``p`` is biased).
     """
     for k, draft in enumerate(drafts):
         if acceptance_uniform(seed, position + k) * q[k, draft] >= p[k, draft]:
             residual = (p[k] - q[k]).clamp(min=0.0)
             # No mass left means p = q but for rounding, and then p is the residual's limit.
             rest = residual if residual.sum() > 0.0 else p[k]
-            return Acceptance(k, _draw(rest, seed, position + k))
-    return Acceptance(len(drafts), _draw(p[len(drafts)], seed, position + len(drafts)))
+            return Acceptance(k, sample(rest, Noise(seed, Stream.RESIDUAL, position + k)))
+    noise = Noise(seed, Stream.RESIDUAL, position + len(drafts))
+    return Acceptance(len(drafts), sample(p[len(drafts)], noise))
 
 
 def _longest_match(choices: Sequence[int], drafts: Sequence[int]) -> Acceptance:
@@ -73,8 +75,3 @@ def _longest_match(choices: Sequence[int], drafts: Sequence[int]) -> Acceptance:
     while accepted < len(drafts) and drafts[accepted] == choices[accepted]:
         accepted += 1
     return Acceptance(accepted, choices[accepted])
-
-
-def _draw(weights: torch.Tensor, seed: int, position: int) -> int:
-    noise = Noise(seed, Stream.RESIDUAL, position)
-    return coupled_choice(Candidates(weights.log().to(torch.float32).numpy()), noise)
