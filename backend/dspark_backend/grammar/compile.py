@@ -6,7 +6,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 _CACHED_GRAMMARS = 256
 
 
+class _CompileParser(Protocol):
+    def __call__(self, source: str, *, free: bool = False) -> Matcher: ...
+
+
 class Grammar:
     """One compiled grammar. Immutable and safe to share; every step takes its own matcher.
 
@@ -29,24 +33,35 @@ class Grammar:
     under this grammar writes, ``end_of_turn_id`` the token that ends it.
     """
 
-    __slots__ = ("_lock", "_prototype", "end_of_turn_id", "kind", "source")
+    __slots__ = ("_canonical", "_compile", "_free", "_lock", "end_of_turn_id", "kind", "source")
 
-    def __init__(self, source: str, kind: StepKind, prototype: Matcher) -> None:
+    def __init__(self, source: str, kind: StepKind, compile_parser: _CompileParser) -> None:
         self.source = source
         self.kind = kind
-        self.end_of_turn_id = prototype.end_of_turn_id
-        self._prototype = prototype
+        self._compile = compile_parser
         self._lock = threading.Lock()
+        self._canonical: Matcher = compile_parser(source)
+        self._free: Matcher | None = None
+        self.end_of_turn_id: int = self._canonical.end_of_turn_id
 
     @property
     def words(self) -> int:
         """int32 words in a mask row of its matchers."""
-        return self._prototype.words
+        return self._canonical.words
 
-    def matcher(self) -> Matcher:
-        """A fresh matcher at the start of the turn; microseconds, since nothing is compiled."""
+    def matcher(self, *, canonical: bool = True) -> Matcher:
+        """A fresh matcher at the start of the turn, in microseconds.
+
+        ``canonical`` matchers allow one tokenisation of the bytes that must follow
+        (``ForcedMode.CANONICAL``); the others allow all of them (``VERIFY`` and ``OFF``), and
+        compile once more on first use.
+        """
         with self._lock:
-            return self._prototype.fork()
+            if canonical:
+                return self._canonical.fork()
+            if self._free is None:
+                self._free = self._compile(self.source, free=True)
+            return self._free.fork()
 
 
 class GrammarCompiler:
@@ -107,7 +122,7 @@ class GrammarCompiler:
             if cached is not None:
                 self._grammars.move_to_end(key)
                 return cached
-            grammar = Grammar(text, kind, self._compile(text))
+            grammar = Grammar(text, kind, self._compile)
             self._grammars[key] = grammar
             if len(self._grammars) > _CACHED_GRAMMARS:
                 self._grammars.popitem(last=False)
@@ -144,18 +159,27 @@ class GrammarCompiler:
                 ) from error
         return self._tables
 
-    def _compile(self, text: str) -> Matcher:
+    def _compile(self, source: str, *, free: bool = False) -> Matcher:
+        """A matcher at the start of ``source``; a free one allows every tokenisation."""
         tables = self._build_tables()
-        core = LLMatcher(
-            tables,
-            LLMatcher.grammar_from_lark(text),
-            log_level=0,
-            limits=LLParserLimits(verbose_errors=False),
-        )
-        problem = core.get_error() if core.is_error() else "; ".join(core.get_grammar_warnings())
-        if problem:
-            raise GrammarError(_readable(problem))
-        return Matcher(core, tables, self.end_of_turn_id)
+        canonical = _parser(tables, source)
+        cores: tuple[LLMatcher, ...] = (canonical,)
+        if free:
+            cores = (_parser(tables, '%llguidance {"no_forcing": true}\n' + source), canonical)
+        return Matcher(cores, tables, self.end_of_turn_id)
+
+
+def _parser(tables: LLTokenizer, source: str) -> LLMatcher:
+    core = LLMatcher(
+        tables,
+        LLMatcher.grammar_from_lark(source),
+        log_level=0,
+        limits=LLParserLimits(verbose_errors=False),
+    )
+    problem = core.get_error() if core.is_error() else "; ".join(core.get_grammar_warnings())
+    if problem:
+        raise GrammarError(_readable(problem))
+    return core
 
 
 def _readable(problem: str) -> str:

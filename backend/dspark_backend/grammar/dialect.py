@@ -125,7 +125,7 @@ class Dialect:
         )
 
     def _refuse_ambiguity(self, spec: TurnSpec) -> None:
-        """Where a bare call and a result both begin with a brace, no result may look like a call."""
+        """A bare call and a result both begin with a brace: refuse results that look like calls."""
         if self._form.open or spec.result_schema is None:
             return
         results = self.compiler.compile_json_schema(spec.result_schema)

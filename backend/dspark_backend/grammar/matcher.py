@@ -20,12 +20,19 @@ class Matcher:
     ``n`` and a ``fork`` shares nothing with its origin. Failed calls leave the state as it was.
     The end-of-turn token is part of the language: legal wherever the grammar is satisfied, and
     nothing is legal after it. Not thread-safe; a matcher belongs to the session that steps it.
+
+    A *canonical* matcher's mask allows one token wherever the bytes that must follow have one
+    canonical tokenisation: ``forced`` and masks then describe the same text. The other kind allows
+    every tokenisation of those bytes, and ``forced`` is a proposal. Either kind accepts them all.
     """
 
-    __slots__ = ("_accepted", "_core", "_ended", "_tables", "end_of_turn_id", "words")
+    __slots__ = ("_accepted", "_cores", "_ended", "_tables", "end_of_turn_id", "words")
 
-    def __init__(self, core: LLMatcher, tables: LLTokenizer, end_of_turn_id: int) -> None:
-        self._core = core
+    def __init__(
+        self, cores: tuple[LLMatcher, ...], tables: LLTokenizer, end_of_turn_id: int
+    ) -> None:
+        """``cores`` are parsers in one state: the first decides and masks, the last forces."""
+        self._cores = cores
         self._tables = tables
         self._accepted = 0
         self._ended = False
@@ -41,12 +48,12 @@ class Matcher:
     @property
     def is_accepting(self) -> bool:
         """Whether the turn may end here."""
-        return self._ended or bool(self._core.is_accepting())
+        return self._ended or bool(self._cores[0].is_accepting())
 
     @property
     def is_terminated(self) -> bool:
         """Whether nothing can follow but the end of the turn (or the turn has ended)."""
-        return self._ended or bool(self._core.is_stopped())
+        return self._ended or bool(self._cores[0].is_stopped())
 
     def fill_mask(self, row: torch.Tensor) -> None:
         """Write the legal next tokens into ``row``: ``[words] int32``, contiguous, on the CPU.
@@ -64,7 +71,7 @@ class Matcher:
             raise ValueError(
                 f"a mask row is contiguous int32 [{self.words}], got {row.dtype} {list(row.shape)}"
             )
-        self._core.unsafe_compute_mask_ptr(row.data_ptr(), self.words * 4)
+        self._cores[0].unsafe_compute_mask_ptr(row.data_ptr(), self.words * 4)
         self._check()
 
     def accepts_prefix(self, tokens: Sequence[int]) -> int:
@@ -75,7 +82,7 @@ class Matcher:
             return int(self.is_accepting)
         limit = self._tables.vocab_size
         known = list(itertools.takewhile(lambda token: 0 <= token < limit, tokens))
-        return int(self._core.validate_tokens(known)) if known else 0
+        return int(self._cores[0].validate_tokens(known)) if known else 0
 
     def accept(self, tokens: Sequence[int]) -> None:
         """Advance over ``tokens``, all of them or none.
@@ -90,11 +97,10 @@ class Matcher:
             return
         ends = tokens[-1] == self.end_of_turn_id
         body = list(tokens[:-1] if ends else tokens)
-        consumed = self._core.try_consume_tokens(body) if body else 0
-        if consumed != len(body):
-            self._core.rollback(consumed)
+        if body:
+            for core in self._cores:
+                core.consume_tokens(body)
             self._check()
-            raise GrammarError(self._illegal(tokens, consumed))
         self._ended = ends
         self._accepted += len(tokens)
 
@@ -115,27 +121,31 @@ class Matcher:
             self._ended = False
             count -= 1
         if count:
-            self._core.rollback(count)
+            for core in self._cores:
+                core.rollback(count)
             self._check()
 
     def forced(self) -> list[int]:
-        """The canonical tokens that must come next, without those a longer legal token could
-        swallow (DSPARK.md, section 6); empty where there is a choice or the turn may only end."""
+        """The canonical tokens of the bytes that must come next, without those at the end that a
+        longer legal token could swallow (DSPARK.md, section 6). Empty where there is a choice, and
+        where only the end of the turn is left."""
         if self._ended:
             return []
-        tokens = [int(token) for token in self._core.compute_ff_tokens()]
+        tokens = [int(token) for token in self._cores[-1].compute_ff_tokens()]
         return tokens[:-1] if tokens and tokens[-1] == self.end_of_turn_id else tokens
 
     def fork(self) -> Matcher:
         """An independent matcher in the same state."""
-        twin = Matcher(self._core.deep_copy(), self._tables, self.end_of_turn_id)
+        cores = tuple(core.deep_copy() for core in self._cores)
+        twin = Matcher(cores, self._tables, self.end_of_turn_id)
         twin._accepted = self._accepted
         twin._ended = self._ended
         return twin
 
     def _check(self) -> None:
-        if self._core.is_error():
-            raise GrammarError(f"the grammar died in the turn: {self._core.get_error()}")
+        for core in self._cores:
+            if core.is_error():
+                raise GrammarError(f"the grammar died in the turn: {core.get_error()}")
 
     def _illegal(self, tokens: Sequence[int], at: int) -> str:
         before = self._tables.dbg_tokens(list(tokens[max(0, at - 8) : at]))
