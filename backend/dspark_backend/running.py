@@ -1,0 +1,284 @@
+"""A step on its way: what it still has to compute, what it proposes, what it commits.
+
+The rules of a step live here, one session at a time and without a model; the engine's loop brings
+the logits. ``commit`` is the only writer of a session's log while a step runs: token log, grammar
+state, sampler and text advance together.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from dspark_backend.events import Failed, Finished, Prefilled, StepEvent, Tokens
+from dspark_backend.metrics import EngineMetrics
+from dspark_backend.request import FinishReason, ForcedMode, StepOutcome, StepRequest
+from dspark_backend.sampling.sampler import Sampler
+from dspark_backend.sampling.stop import StopStrings
+
+if TYPE_CHECKING:
+    from dspark_backend.grammar.matcher import Matcher
+    from dspark_backend.session import Session
+    from dspark_backend.tokenizer import Tokenizer
+
+MODEL, FORCED = "model", "forced"
+
+
+class RunningStep:
+    """One submitted step of one session; the engine's loop drives it."""
+
+    def __init__(
+        self,
+        session: Session,
+        request: StepRequest,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        on_event: Callable[[StepEvent], None] | None,
+    ) -> None:
+        """Appends the request's tokens to the log. Raises RequestError for bad sampling."""
+        self.session = session
+        self.request = request
+        self.metrics = EngineMetrics()
+        self.drafts: list[int] = []
+        self.finished = False
+        self.events: queue.SimpleQueue[StepEvent] = queue.SimpleQueue()
+        self._on_event = on_event
+        self._callback_error: Exception | None = None
+        self._cancelled = threading.Event()
+        self._submitted = time.perf_counter()
+        self._admitted = False
+        self._prefilling = True
+        self._stops = StopStrings(request.stop)
+        self._sampler = Sampler(request.sampling, [*session.log, *request.tokens], vocab_size)
+        self._matcher: Matcher | None = request.grammar.matcher() if request.grammar else None
+        ends = () if request.ignore_eos else tokenizer.eos_token_ids
+        self._ends = frozenset((*ends, *request.stop_token_ids))
+        self._stream = tokenizer.stream()
+        self._text: list[str] = []
+        self._proposed: Counter[str] = Counter()
+        self._accepted: Counter[str] = Counter()
+        session.log.extend(request.tokens)
+        self._start = len(session.log)
+
+    # -- what the loop asks ------------------------------------------------------------------
+
+    @property
+    def pending(self) -> int:
+        """Committed tokens whose keys and values are not computed yet, plus the drafts on top."""
+        return len(self.session.log) - self.session.kv.length + len(self.drafts)
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether the next pass still computes the prompt."""
+        return self._prefilling
+
+    def cancel(self) -> None:
+        """End the step at the next iteration of the loop; thread-safe, idempotent."""
+        self._cancelled.set()
+
+    def admit(self) -> None:
+        """The step leaves the queue; ``session.kv`` holds what could be re-used by now."""
+        self._admitted = True
+        self.metrics.queue_s = time.perf_counter() - self._submitted
+        self.metrics.prefill_cached_tokens = self.session.kv.length
+
+    def rows(self, count: int) -> list[int]:
+        """The first ``count`` tokens to compute: committed ones, then drafts."""
+        first = self.session.kv.length
+        waiting = self.session.log[first : first + count]
+        return waiting + self.drafts[: count - len(waiting)]
+
+    # -- what the loop tells -----------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Before the first pass: a span that the grammar forces from the start is committed."""
+        if self._matcher is not None and self.request.forced is ForcedMode.CANONICAL:
+            self._commit_forced(self._matcher)
+            self._end_with_grammar(self._matcher)
+
+    def propose(self) -> None:
+        """Draft what the grammar forces, where forced tokens are verified and not taken."""
+        if self._matcher is None or self.request.forced is not ForcedMode.VERIFY:
+            return
+        started = time.perf_counter()
+        room = self.request.max_new_tokens - self.new_tokens - 1
+        self.drafts = self._matcher.forced()[: max(room, 0)]
+        self.metrics.grammar_s += time.perf_counter() - started
+
+    def computed(self, rows: int, seconds: float) -> None:
+        """A pass computed the next ``rows`` tokens; those that are in the log are done."""
+        session = self.session
+        before = session.kv.length
+        session.kv.length = min(before + rows, len(session.log))
+        if self._prefilling:
+            self.metrics.prefill_s += seconds
+            # A span forced from the start is computed along, but it is output, not prompt.
+            prompt = min(session.kv.length, self._start) - min(before, self._start)
+            self.metrics.prefill_new_tokens += prompt
+            if session.kv.length == len(session.log):
+                self._prefilling = False
+                cached = self.metrics.prefill_cached_tokens
+                self._emit(Prefilled(self.metrics.prefill_new_tokens, cached))
+        else:
+            self.metrics.decode_s += seconds
+
+    def advance(self, logits: torch.Tensor) -> None:
+        """Choose and commit from ``logits`` [1 + drafts, V]: what follows the log, then each draft.
+
+        Raises GrammarError when the grammar allows nothing or dies; the step is to fail then.
+        """
+        self.metrics.cycles += 1
+        masks = self._masks()
+        started = time.perf_counter()
+        acceptance = self._sampler.verify(logits, self.drafts, masks)
+        self.metrics.verify_s += time.perf_counter() - started
+        accepted, drafts = acceptance.accepted, self.drafts
+        self.drafts = []
+        self._proposed[FORCED] += len(drafts)
+        self._accepted[FORCED] += accepted
+        self.session.kv.length += accepted
+        if accepted:
+            self._commit(drafts[:accepted], FORCED)
+        if not self.finished:
+            self._commit([acceptance.next_token], MODEL)
+        if not self.finished and self._matcher is not None:
+            if self.request.forced is ForcedMode.CANONICAL:
+                self._commit_forced(self._matcher)
+            self._end_with_grammar(self._matcher)
+
+    def finish(self, reason: FinishReason) -> None:
+        """End the step; its session is free for the next one when the event is out."""
+        self._deliver(self._stops.feed(self._stream.flush())[0] + self._stops.flush(), (), MODEL)
+        self._account()
+        self.finished = True
+        new = tuple(self.session.log[self._start :])
+        outcome = StepOutcome(new, "".join(self._text), reason, self.metrics)
+        self._release()
+        self._emit(Finished(outcome))
+
+    def fail(self, error: Exception) -> None:
+        """End the step with an error; other steps do not notice."""
+        self._account()
+        self.finished = True
+        self._release()
+        if error is self._callback_error:
+            self._on_event = None  # it raised: it gets no further call, the handle does
+        self._emit(Failed(error))
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self.session.log) - self._start
+
+    # -- the rules ---------------------------------------------------------------------------
+
+    def _masks(self) -> list[torch.Tensor | None] | None:
+        """The legal tokens after the log and after each draft; one row more than drafts."""
+        matcher = self._matcher
+        if matcher is None:
+            return None
+        started = time.perf_counter()
+        masks: list[torch.Tensor | None] = []
+        legal = matcher.accepts_prefix(self.drafts)
+        for index in range(legal + 1):
+            row = torch.empty(matcher.words, dtype=torch.int32)
+            matcher.fill_mask(row)
+            masks.append(row)
+            if index < legal:
+                matcher.accept(self.drafts[index : index + 1])
+        matcher.rollback(legal)
+        self.metrics.grammar_s += time.perf_counter() - started
+        return masks
+
+    def _commit_forced(self, matcher: Matcher) -> None:
+        started = time.perf_counter()
+        span = matcher.forced()
+        self.metrics.grammar_s += time.perf_counter() - started
+        if span:
+            room = self.request.max_new_tokens - self.new_tokens
+            self._proposed[FORCED] += len(span)
+            self._accepted[FORCED] += min(room, len(span))
+            self._commit(span[:room], FORCED)
+
+    def _commit(self, tokens: Sequence[int], source: str) -> None:
+        """Append to the log, up to the token that ends the step, and say so."""
+        taken = []
+        reason: FinishReason | None = None
+        text = ""
+        for token in tokens:
+            taken.append(token)
+            self.session.log.append(token)
+            self._sampler.observe(token)
+            if token in self._ends:
+                reason = FinishReason.STOP
+                break
+            delta, stopped = self._stops.feed(self._stream.feed([token]))
+            text += delta
+            if stopped:
+                reason = FinishReason.STOP_STRING
+                break
+            if self.new_tokens >= self.request.max_new_tokens:
+                reason = FinishReason.LENGTH
+                break
+        if self._matcher is not None:
+            self._advance_grammar(self._matcher, taken, reason)
+        if source is MODEL:
+            self._proposed[MODEL] += len(taken)
+            self._accepted[MODEL] += len(taken)
+        # A draft after an accepted end is computed, but not part of the log.
+        self.session.kv.length = min(self.session.kv.length, len(self.session.log))
+        self._deliver(text, tuple(taken), source)
+        if reason is not None:
+            self.finish(reason)
+
+    def _advance_grammar(
+        self, matcher: Matcher, tokens: list[int], reason: FinishReason | None
+    ) -> None:
+        started = time.perf_counter()
+        ended = reason is FinishReason.STOP and tokens[-1] != matcher.end_of_turn_id
+        matcher.accept(tokens[:-1] if ended else tokens)
+        self.metrics.grammar_s += time.perf_counter() - started
+
+    def _end_with_grammar(self, matcher: Matcher) -> None:
+        if not self.finished and matcher.is_terminated:
+            self.finish(FinishReason.GRAMMAR)
+
+    def _deliver(self, text: str, tokens: tuple[int, ...], source: str) -> None:
+        if tokens and self.metrics.ttft_s == 0.0:
+            self.metrics.ttft_s = time.perf_counter() - self._submitted
+        if text:
+            self._text.append(text)
+        if text or tokens:
+            self._emit(Tokens(tokens, text, source))
+
+    def _account(self) -> None:
+        m = self.metrics
+        m.total_s = time.perf_counter() - self._submitted
+        if not self._admitted:
+            m.queue_s = m.total_s
+        m.new_tokens = self.new_tokens
+        m.proposed, m.accepted = dict(self._proposed), dict(self._accepted)
+        named = m.queue_s + m.prefill_s + m.decode_s + m.grammar_s + m.draft_s + m.verify_s
+        m.overhead_s = max(0.0, m.total_s - named)
+
+    def _release(self) -> None:
+        self.drafts = []
+        self.session.running = None
+
+    def _emit(self, event: StepEvent) -> None:
+        self.events.put(event)
+        if self._on_event is not None:
+            try:
+                self._on_event(event)
+            except Exception as error:
+                self._callback_error = error
+                raise

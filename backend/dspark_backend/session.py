@@ -1,0 +1,108 @@
+"""One conversation in the engine: an append-only log of tokens and their keys and values."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dspark_backend.errors import RequestError, SessionClosedError
+from dspark_backend.kv.contiguous import SequenceKV
+
+if TYPE_CHECKING:
+    from dspark_backend.running import RunningStep
+
+
+class SessionOwner(Protocol):
+    """What a session needs of its engine; ``lock`` guards logs, KV and the set of sessions."""
+
+    @property
+    def lock(self) -> AbstractContextManager[Any]: ...
+
+    def fork(self, session: Session) -> Session: ...
+
+    def closed(self, session: Session) -> None: ...
+
+
+class Session:
+    """A token log, append-only but for an explicit :meth:`rollback`.
+
+    The log is the truth: generated tokens are never decoded and encoded again, so a step computes
+    the tokens that are new and nothing else. Made by :meth:`Engine.open_session`; one step at a
+    time; methods may be called from any thread.
+    """
+
+    def __init__(self, kv: SequenceKV, owner: SessionOwner) -> None:
+        self._owner = owner
+        self._closed = False
+        self.log: list[int] = []
+        """The engine's own view of the log: read :attr:`tokens` instead."""
+        self.kv = kv
+        self.running: RunningStep | None = None
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Prompt and generated tokens so far, end-of-turn tokens included."""
+        with self._owner.lock:
+            return tuple(self.log)
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many tokens of the log have their keys and values computed."""
+        with self._owner.lock:
+            return self.kv.length
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def fork(self) -> Session:
+        """A session with the same log and a copy of the computed keys and values.
+
+        Raises SessionClosedError if this one is closed or has a step in flight, CapacityError if
+        the KV memory does not hold another copy.
+        """
+        with self._owner.lock:
+            self.check_idle("fork it")
+            return self._owner.fork(self)
+
+    def rollback(self, count: int) -> None:
+        """Forget the last ``count`` tokens of the log.
+
+        Raises RequestError if the log is shorter, SessionClosedError as :meth:`fork`.
+        """
+        with self._owner.lock:
+            self.check_idle("roll it back")
+            if not 0 <= count <= len(self.log):
+                raise RequestError(
+                    f"cannot roll back {count} tokens: the session's log holds {len(self.log)}"
+                )
+            del self.log[len(self.log) - count :]
+            self.kv.truncate(min(self.kv.length, len(self.log)))
+
+    def close(self) -> None:
+        """Cancel a step in flight and give the memory up. Idempotent.
+
+        The beginning of the log stays in the engine's prefix cache while there is room for it.
+        """
+        with self._owner.lock:
+            if self._closed:
+                return
+            self._closed = True
+            if self.running is not None:
+                self.running.cancel()
+            self._owner.closed(self)
+
+    def check_idle(self, purpose: str) -> None:
+        """Raises SessionClosedError unless the session is open and no step is in flight."""
+        if self._closed:
+            raise SessionClosedError(f"the session is closed; open another one to {purpose}")
+        if self.running is not None:
+            raise SessionClosedError(
+                f"the session has a step in flight; wait for its result or cancel it to {purpose}"
+            )
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

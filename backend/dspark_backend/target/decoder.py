@@ -1,0 +1,176 @@
+"""The target's forward pass: Llama, Qwen2 and Qwen3 over a ragged batch of rows.
+
+One layer is ten lines. Everything between the linear layers runs in float32 on the residual
+stream, so the precision of the linear layers is the model's precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dspark_backend.checkpoint.config import TargetConfig
+from dspark_backend.kernels.attention.cpu import attend
+from dspark_backend.kernels.norm.cpu import add_rms_norm, rms_norm
+from dspark_backend.kernels.rope.cpu import rope_append
+from dspark_backend.kernels.swiglu.cpu import silu_mul
+from dspark_backend.kv.contiguous import KVShape
+from dspark_backend.target.batch import Batch
+from dspark_backend.target.linear import Linear
+from dspark_backend.target.rope import tables
+
+NO_WEIGHT = np.zeros(0, np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer; norms float32 [d], ``q_norm``/``k_norm`` [hd] or [0] for none."""
+
+    input_norm: NDArray[np.float32]
+    qkv: Linear
+    q_norm: NDArray[np.float32]
+    k_norm: NDArray[np.float32]
+    output: Linear
+    post_norm: NDArray[np.float32]
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A target's parameters as the decoder reads them; ``embedding`` [V, d], any float dtype."""
+
+    embedding: torch.Tensor
+    layers: Sequence[Layer]
+    norm: NDArray[np.float32]
+    head: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What one pass gave.
+
+    ``logits`` float32 [sum of wanted rows, V], in batch order. ``features`` float32
+    [R, len(taps) * d]: the residual stream of every row after the tapped layers, side by side
+    (DSPARK.md section 2; tap -1 is the embedding), or [R, 0] without taps.
+    """
+
+    logits: torch.Tensor
+    features: NDArray[np.float32]
+
+
+class _Workspace:
+    """Buffers of a pass of ``rows`` rows, kept for the row counts of decoding."""
+
+    def __init__(self, config: TargetConfig, rows: int) -> None:
+        heads = config.num_heads + 2 * config.num_kv_heads
+        self.normed = np.empty((rows, config.hidden_size), np.float32)
+        self.delta = np.empty((rows, config.hidden_size), np.float32)
+        self.qkv = np.empty((rows, heads * config.head_dim), np.float32)
+        self.q = np.empty((rows, config.num_heads, config.head_dim), np.float32)
+        self.mixed = np.empty((rows, config.num_heads, config.head_dim), np.float32)
+        self.gate_up = np.empty((rows, 2 * config.intermediate_size), np.float32)
+        self.gated = np.empty((rows, config.intermediate_size), np.float32)
+
+
+class Decoder:
+    """A target model on the CPU.
+
+    ``max_positions`` bounds every sequence. Not thread-safe: buffers are re-used between passes.
+    """
+
+    KEPT_ROWS = 32
+
+    def __init__(self, config: TargetConfig, weights: Weights, max_positions: int) -> None:
+        self.config = config
+        self.max_positions = max_positions
+        self.kv_shape = KVShape(config.num_layers, config.num_kv_heads, config.head_dim)
+        self._weights = weights
+        self._cos, self._sin = tables(config, max_positions)
+        self._workspaces: dict[int, _Workspace] = {}
+
+    def forward(self, batch: Batch, taps: Collection[int] = ()) -> Pass:
+        """Run the rows of ``batch``; writes their keys and values, commits nothing.
+
+        ``taps`` are layer ids in ascending order; the last layer is not one of them, since what
+        follows it is the final norm. A row's results do not depend on the rest of the batch.
+        """
+        config, weights = self.config, self._weights
+        work = self._workspace(batch.rows)
+        token_ids = torch.tensor([t for rows in batch.sequences for t in rows.tokens])
+        x = weights.embedding[token_ids].float().numpy()
+        spans, positions = self._spans(batch)
+        features = np.empty((batch.rows, len(taps) * config.hidden_size), np.float32)
+        column = self._tap(features, 0, x, -1 in taps)
+        eps = config.rms_norm_eps
+        flat = (batch.rows, config.num_heads * config.head_dim)
+        for index, layer in enumerate(weights.layers):
+            if index == 0:
+                rms_norm(x, layer.input_norm, eps, work.normed)
+            layer.qkv(work.normed, work.qkv)
+            for (first, last), rows in zip(spans, batch.sequences, strict=True):
+                keys, values = rows.kv.keys[index], rows.kv.values[index]
+                at, q = positions[first:last], work.q[first:last]
+                rope_append(
+                    work.qkv[first:last], at, self._cos, self._sin,
+                    layer.q_norm, layer.k_norm, eps, q, keys, values,
+                )  # fmt: skip
+                attend(q, keys, values, at, work.mixed[first:last])
+            layer.output(work.mixed.reshape(flat), work.delta)
+            add_rms_norm(x, work.delta, layer.post_norm, eps, work.normed)
+            layer.gate_up(work.normed, work.gate_up)
+            silu_mul(work.gate_up, work.gated)
+            layer.down(work.gated, work.delta)
+            is_last = index + 1 == len(weights.layers)
+            following = weights.norm if is_last else weights.layers[index + 1].input_norm
+            add_rms_norm(x, work.delta, following, eps, work.normed)
+            column = self._tap(features, column, x, index in taps)
+        return Pass(self._logits(batch, spans, work.normed), features)
+
+    def _tap(
+        self, features: NDArray[np.float32], column: int, x: NDArray[np.float32], wanted: bool
+    ) -> int:
+        if not wanted:
+            return column
+        features[:, column : column + x.shape[1]] = x
+        return column + int(x.shape[1])
+
+    def _logits(
+        self, batch: Batch, spans: Sequence[tuple[int, int]], normed: NDArray[np.float32]
+    ) -> torch.Tensor:
+        wanted = [
+            row
+            for (_, last), rows in zip(spans, batch.sequences, strict=True)
+            for row in range(last - rows.logits, last)
+        ]
+        logits = torch.empty((len(wanted), self._weights.head.channels), dtype=torch.float32)
+        if wanted:
+            self._weights.head(np.ascontiguousarray(normed[wanted]), logits.numpy())
+        return logits
+
+    def _spans(self, batch: Batch) -> tuple[list[tuple[int, int]], NDArray[np.int64]]:
+        spans, pieces, first = [], [], 0
+        for rows in batch.sequences:
+            count = len(rows.tokens)
+            end = rows.kv.length + count
+            if end > rows.kv.capacity or end > self.max_positions:
+                raise ValueError(
+                    f"{end} positions do not fit: room for {rows.kv.capacity} reserved, "
+                    f"at most {self.max_positions}"
+                )
+            spans.append((first, first + count))
+            pieces.append(np.arange(rows.kv.length, end, dtype=np.int64))
+            first += count
+        return spans, np.concatenate(pieces)
+
+    def _workspace(self, rows: int) -> _Workspace:
+        kept = self._workspaces.get(rows)
+        if kept is None:
+            kept = _Workspace(self.config, rows)
+            if rows <= self.KEPT_ROWS:
+                self._workspaces[rows] = kept
+        return kept
