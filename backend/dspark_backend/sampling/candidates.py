@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from dspark_backend.errors import BackendError, GrammarError
 from dspark_backend.sampling.mask import penalties, unpack
 
-# Past this share of the vocabulary, masking the row in place is cheaper than gathering from it.
+# Past this share of the vocabulary, a masked row is cheaper than a gathered one.
 _GATHER_BELOW = 1 / 8
 
 
