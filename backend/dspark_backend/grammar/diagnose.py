@@ -39,7 +39,7 @@ def locate_failure(
             if inner is not None:
                 part, where, message, descending = child, f"{where}.{name}", inner, True
                 break
-    for keyword in part:
+    for keyword in sorted(part, key="type".__eq__):  # last: without a type nothing else bites
         if complaint({key: value for key, value in part.items() if key != keyword}) is None:
             return f"{where}.{keyword}: {message}"
     return f"{where}: {message}"

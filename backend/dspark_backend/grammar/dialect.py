@@ -23,16 +23,17 @@ if TYPE_CHECKING:
 class Dialect:
     """A family whose chat template has a form of its own for tools.
 
-    ``name`` is ``hermes``, ``llama3`` or ``generic``; ``end_of_turn_id`` the token that the
-    template writes after an assistant's words; ``compiler`` compiles for this tokenizer.
+    ``name`` is ``hermes``, ``llama3`` or ``generic``; ``form`` how a call is written;
+    ``end_of_turn_id`` the token that the template writes after an assistant's words;
+    ``compiler`` compiles grammars for ``tokenizer``.
     """
 
     def __init__(
         self, name: str, tokenizer: Tokenizer, form: CallFormat, *, vocab_size: int = 0
     ) -> None:
         self.name = name
-        self._tokenizer = tokenizer
-        self._form = form
+        self.tokenizer = tokenizer
+        self.form = form
         source = tokenizer.chat_template
         self._template = None if source is None else ChatTemplate(source, tokenizer)
         self.end_of_turn_id: int = self._end_of_turn()
@@ -74,7 +75,7 @@ class Dialect:
         """
         if not spec.tools and spec.result_schema is None:
             return None
-        text = turn_lark(spec, self._form, self._tokenizer.added_tokens)
+        text = turn_lark(spec, self.form, self.tokenizer.added_tokens)
         try:
             grammar = self.compiler.compile_lark(text, kind=spec.kind)
         except GrammarError as error:
@@ -89,7 +90,7 @@ class Dialect:
 
     def parser(self, spec: TurnSpec) -> TurnParser:
         """A streaming parser for one turn under ``spec``."""
-        return TurnParser(spec, self._form)
+        return TurnParser(spec, self.form)
 
     def parse(self, text: str, spec: TurnSpec) -> ParsedTurn:
         """A whole turn's text (without its end-of-turn token) read back.
@@ -116,9 +117,9 @@ class Dialect:
         return self._template
 
     def _end_of_turn(self) -> int:
-        added = set(self._tokenizer.added_tokens.values())
+        added = set(self.tokenizer.added_tokens.values())
         tail = self._template.following([]) if self._template is not None else []
-        for token in (*(token for token in tail if token in added), *self._tokenizer.eos_token_ids):
+        for token in (*(token for token in tail if token in added), *self.tokenizer.eos_token_ids):
             return token
         raise ModelFormatError(
             "neither the chat template nor generation_config.json names a token that ends a turn"
@@ -126,15 +127,15 @@ class Dialect:
 
     def _refuse_ambiguity(self, spec: TurnSpec) -> None:
         """A bare call and a result both begin with a brace: refuse results that look like calls."""
-        if self._form.open or spec.result_schema is None:
+        if self.form.open or spec.result_schema is None:
             return
         results = self.compiler.compile_json_schema(spec.result_schema)
         for function in spec.callable_tools:
-            head = self._tokenizer.encode_plain(self._form.head(function["name"]))
+            head = self.tokenizer.encode_plain(self.form.head(function["name"]))
             if results.matcher().accepts_prefix(head) == len(head):
                 raise GrammarError(
                     f"output: a result could begin like a call of {function['name']!r}; rename its"
-                    f" properties 'name' and {self._form.arguments_key!r}"
+                    f" properties 'name' and {self.form.arguments_key!r}"
                 )
 
 

@@ -29,8 +29,9 @@ _MARKS = ("deprecated", "readOnly", "writeOnly", "discriminator")
 _ANNOTATIONS = frozenset(_MEANINGS + _MARKS)
 _TYPES = frozenset(("object", "array", "string", "number", "integer", "boolean", "null"))
 # Names that annotate a string without limiting its characters.
-_ANNOTATING_FORMATS = frozenset(("path", "file-path", "directory-path", "password"))
-_MAX_DEPTH = 64
+_ANNOTATING_FORMATS = ("path", "file-path", "directory-path", "password")
+_MAX_DEPTH = 128
+_ALTERNATIVES = frozenset(("$ref", "anyOf", "oneOf"))
 
 LAYOUT: Mapping[str, Any] = {
     "whitespace_flexible": False,
@@ -62,36 +63,36 @@ def normalise(
     """
     if not isinstance(schema, Mapping):
         raise GrammarError(f"{where} is not a JSON Schema object but {type(schema).__name__}")
-    return _Normaliser(schema, pointer, whole).copy(schema, where, 0)
+    return _Normaliser(schema, where, pointer, whole).copy(schema, where)
 
 
 class _Normaliser:
     """One pass over one schema document."""
 
-    def __init__(self, root: Mapping[str, Any], pointer: str, whole: bool) -> None:
+    def __init__(self, root: Mapping[str, Any], where: str, pointer: str, whole: bool) -> None:
         self._root = root
         self._pointer = pointer
         self._whole = whole
-        self._closes = not _combines(root)
+        self._closes = not _combines(root, where)
 
-    def copy(self, schema: Mapping[str, Any], where: str, depth: int) -> dict[str, Any]:
-        if depth > _MAX_DEPTH:
-            raise GrammarError(f"{where} is nested deeper than {_MAX_DEPTH} levels")
+    def copy(self, schema: Mapping[str, Any], where: str) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for keyword, value in schema.items():
             at = f"{where}.{keyword}"
             if keyword in SCHEMA_MAPS:
                 _require(isinstance(value, Mapping), at, "must map names to schemas")
                 result[keyword] = {
-                    name: self._sub(part, f"{at}.{name}", depth) for name, part in value.items()
+                    name: self._sub(part, f"{at}.{name}") for name, part in value.items()
                 }
             elif keyword in SCHEMA_LISTS:
                 _require(isinstance(value, list) and bool(value), at, "must be a list of schemas")
+                if keyword == "oneOf" and "anyOf" not in schema and self._tagged(value):
+                    keyword = "anyOf"
                 result[keyword] = [
-                    self._sub(part, f"{at}[{place}]", depth) for place, part in enumerate(value)
+                    self._sub(part, f"{at}[{place}]") for place, part in enumerate(value)
                 ]
             elif keyword in SCHEMAS:
-                result[keyword] = self._sub(value, at, depth)
+                result[keyword] = self._sub(value, at)
             elif keyword in _CONSTRAINTS:
                 self._constraint(result, keyword, value, at)
             elif not (
@@ -113,35 +114,56 @@ class _Normaliser:
         )
         return result
 
-    def _sub(self, schema: Any, where: str, depth: int) -> Any:
+    def _sub(self, schema: Any, where: str) -> Any:
         if isinstance(schema, bool):
             return schema
         _require(isinstance(schema, Mapping), where, "must be a schema (an object or a boolean)")
-        return self.copy(schema, where, depth + 1)
+        return self.copy(schema, where)
 
     def _constraint(self, result: dict[str, Any], keyword: str, value: Any, at: str) -> None:
         if keyword == "$ref":
             _require(isinstance(value, str) and value.startswith("#"), at, "must start with '#'")
             _require(not self._whole or self._resolves(value), at, f"leads nowhere: {value!r}")
             value = "#" + self._pointer + value[1:]
-        elif keyword == "type":
-            names = value if isinstance(value, list) else [value]
-            known = bool(names) and all(isinstance(n, str) and n in _TYPES for n in names)
-            _require(known, at, f"must name JSON types, got {value!r}")
         elif keyword == "format" and value in _ANNOTATING_FORMATS:
             return
-        elif keyword == "enum":
-            _require(isinstance(value, list) and bool(value), at, "must be a list with a value")
-        elif keyword == "required":
-            strings = isinstance(value, list) and all(isinstance(name, str) for name in value)
-            _require(strings, at, "must be a list of property names")
-        elif keyword in _NUMBERS:
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            _require(number, at, f"must be a number, got {value!r}")
-        elif keyword in _COUNTS:
-            count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-            _require(count, at, f"must be a count, got {value!r}")
+        else:
+            _check_form(keyword, value, at)
         result[keyword] = value
+
+    def _tagged(self, alternatives: list[Any]) -> bool:
+        """Whether a property that every alternative requires tells them apart by its value, so
+        that "exactly one" says no more than "any"."""
+        tables = [self._tags(part) for part in alternatives]
+        for name in set.intersection(*(set(table) for table in tables)):
+            tags = [tag for table in tables for tag in table[name]]
+            if len(tags) == len(set(tags)):
+                return True
+        return False
+
+    def _tags(self, schema: Any) -> dict[str, set[str]]:
+        """The required properties of an object whose values are given strings, with those."""
+        record = self._behind(schema)
+        properties, required = record.get("properties"), record.get("required")
+        if not isinstance(properties, Mapping) or not isinstance(required, list):
+            return {}
+        tags = {}
+        for name in set(properties).intersection(map(str, required)):
+            values = self._behind(properties[name])
+            given = values.get("enum", [values.get("const")])
+            if isinstance(given, list) and all(isinstance(value, str) for value in given):
+                tags[name] = set(given)
+        return tags
+
+    def _behind(self, schema: Any) -> Mapping[str, Any]:
+        """The schema that a chain of references ends at; empty for what is no schema."""
+        for _ in range(_MAX_DEPTH):
+            if not isinstance(schema, Mapping):
+                break
+            if not isinstance(schema.get("$ref"), str):
+                return schema
+            schema = resolve(self._root, schema["$ref"]) if self._resolves(schema["$ref"]) else {}
+        return {}
 
     def _resolves(self, reference: str) -> bool:
         try:
@@ -188,17 +210,42 @@ def first_characters(schema: Any, root: Any = None, _seen: frozenset[str] = froz
     return everything
 
 
-def _combines(schema: Any) -> bool:
+def _combines(root: Mapping[str, Any], where: str) -> bool:
     """Whether properties of one object may be declared in several places, so that closing one of
-    them would forbid the others."""
-    if isinstance(schema, list):
-        return any(_combines(part) for part in schema)
-    if not isinstance(schema, Mapping):
-        return False
-    declares = "properties" in schema
-    if "allOf" in schema or (declares and not {"$ref", "anyOf", "oneOf"}.isdisjoint(schema)):
-        return True
-    return any(_combines(part) for part in schema.values())
+    them would forbid the others. Refuses a document whose depth would exhaust the stack."""
+    level: list[Any] = [root]
+    combines = False
+    for _ in range(_MAX_DEPTH):
+        schemas = [part for part in level if isinstance(part, Mapping)]
+        for schema in schemas:
+            beside = "properties" in schema and not _ALTERNATIVES.isdisjoint(schema)
+            combines = combines or beside or "allOf" in schema
+        level = [part for schema in schemas for part in schema.values()]
+        level += [part for parts in level if isinstance(parts, list) for part in parts]
+        if not level:
+            return combines
+    raise GrammarError(f"{where} is nested deeper than {_MAX_DEPTH} levels")
+
+
+def _check_form(keyword: str, value: Any, at: str) -> None:
+    """Whether the value of a constraining keyword has the form that JSON Schema gives it."""
+    if keyword == "type":
+        names = value if isinstance(value, list) else [value]
+        known = bool(names) and all(isinstance(n, str) and n in _TYPES for n in names)
+        _require(known, at, f"must name JSON types, got {value!r}")
+    elif keyword == "enum":
+        _require(isinstance(value, list) and bool(value), at, "must be a list with a value")
+    elif keyword == "required":
+        strings = isinstance(value, list) and all(isinstance(name, str) for name in value)
+        _require(strings, at, "must be a list of property names")
+    elif keyword in _NUMBERS:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        _require(number, at, f"must be a number, got {value!r}")
+    elif keyword in _COUNTS:
+        count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        _require(count, at, f"must be a count, got {value!r}")
+    elif keyword != "const":  # pattern and format
+        _require(isinstance(value, str), at, f"must be a string, got {value!r}")
 
 
 def _is_open_record(schema: Mapping[str, Any]) -> bool:
