@@ -1,0 +1,65 @@
+"""Attention against float64, and a row's independence of the rows beside it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from dspark_backend.kernels.attention.cpu import attend
+from dspark_backend.kernels.attention.reference import attend as attend_reference
+from numpy.typing import NDArray
+
+
+def run(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
+) -> NDArray[np.float32]:
+    out = np.full(tuple(q.shape), np.nan, np.float32)
+    attend(q.numpy(), keys.numpy(), values.numpy(), positions.numpy(), out)
+    return out
+
+
+def case(
+    heads: int, kv_heads: int, width: int, positions: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(heads * 100 + width)
+    capacity = max(positions) + 9
+    keys, values = torch.randn(2, kv_heads, capacity, width, generator=rng)
+    # What lies past a row's position must not matter.
+    keys[:, max(positions) + 1 :] = float("nan")
+    values[:, max(positions) + 1 :] = float("nan")
+    q = torch.randn(len(positions), heads, width, generator=rng) * 2
+    return q, keys, values, torch.tensor(positions)
+
+
+@pytest.mark.parametrize("positions", [[0], [63], [64, 65, 66], [300], list(range(40))], ids=len)
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(9, 3, 64), (14, 2, 64), (4, 4, 20)])
+def test_matches_float64(heads: int, kv_heads: int, width: int, positions: list[int]) -> None:
+    inputs = case(heads, kv_heads, width, positions)
+    expected = attend_reference(*inputs).float()
+    torch.testing.assert_close(torch.from_numpy(run(*inputs)), expected, rtol=2e-5, atol=2e-6)
+
+
+def test_huge_scores_stay_finite() -> None:
+    q, keys, values, positions = case(4, 2, 16, [30, 31])
+    q *= 1e4
+    expected = attend_reference(q, keys, values, positions).float()
+    torch.testing.assert_close(
+        torch.from_numpy(run(q, keys, values, positions)), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_row_has_the_same_bits_in_any_company() -> None:
+    q, keys, values, positions = case(6, 2, 64, list(range(100, 116)))
+    together = run(q, keys, values, positions)
+    for rows in (1, 3, 8):
+        for first in range(0, 16, rows):
+            span = slice(first, first + rows)
+            np.testing.assert_array_equal(
+                run(q[span], keys, values, positions[span]), together[span]
+            )
+
+
+def test_capacity_does_not_change_bits() -> None:
+    q, keys, values, positions = case(6, 2, 64, [70])
+    wider = [torch.cat([t, torch.randn(2, 50, 64)], dim=1) for t in (keys, values)]
+    np.testing.assert_array_equal(run(q, keys, values, positions), run(q, *wider, positions))
