@@ -113,6 +113,7 @@ class Engine:
         if workers < 1:
             raise RequestError(f"threads must be at least 1, not {workers}")
         decoder = load_decoder(files, chosen, context, progress)
+        decoder.warm()
         return cls(files, decoder, chosen, workers, kv_bytes, limits or Limits())
 
     # -- the public side ---------------------------------------------------------------------

@@ -58,7 +58,8 @@ class RunningStep:
         self._sampler = Sampler(request.sampling, [*session.log, *request.tokens], vocab_size)
         self._matcher: Matcher | None = request.grammar.matcher() if request.grammar else None
         ends = () if request.ignore_eos else tokenizer.eos_token_ids
-        self._ends = frozenset((*ends, *request.stop_token_ids))
+        grammatical = () if request.grammar is None else (request.grammar.end_of_turn_id,)
+        self._ends = frozenset((*ends, *grammatical, *request.stop_token_ids))
         self._stream = tokenizer.stream()
         self._text: list[str] = []
         self._proposed: Counter[str] = Counter()
@@ -104,7 +105,6 @@ class RunningStep:
         """Before the first pass: a span that the grammar forces from the start is committed."""
         if self._matcher is not None and self.request.forced is ForcedMode.CANONICAL:
             self._commit_forced(self._matcher)
-            self._end_with_grammar(self._matcher)
 
     def propose(self) -> None:
         """Draft what the grammar forces, where forced tokens are verified and not taken."""
@@ -154,7 +154,6 @@ class RunningStep:
         if not self.finished and self._matcher is not None:
             if self.request.forced is ForcedMode.CANONICAL:
                 self._commit_forced(self._matcher)
-            self._end_with_grammar(self._matcher)
 
     def finish(self, reason: FinishReason) -> None:
         """End the step; its session is free for the next one when the event is out."""
@@ -237,6 +236,9 @@ class RunningStep:
         # A draft after an accepted end is computed, but not part of the log.
         self.session.kv.length = min(self.session.kv.length, len(self.session.log))
         self._deliver(text, tuple(taken), source)
+        if reason is None and self._matcher is not None and self._matcher.is_terminated:
+            # Nothing but the end of the turn can follow: no pass is spent on it.
+            reason = FinishReason.GRAMMAR
         if reason is not None:
             self.finish(reason)
 
@@ -247,10 +249,6 @@ class RunningStep:
         ended = reason is FinishReason.STOP and tokens[-1] != matcher.end_of_turn_id
         matcher.accept(tokens[:-1] if ended else tokens)
         self.metrics.grammar_s += time.perf_counter() - started
-
-    def _end_with_grammar(self, matcher: Matcher) -> None:
-        if not self.finished and matcher.is_terminated:
-            self.finish(FinishReason.GRAMMAR)
 
     def _deliver(self, text: str, tokens: tuple[int, ...], source: str) -> None:
         if tokens and self.metrics.ttft_s == 0.0:
