@@ -58,7 +58,11 @@ class Tokenizer:
         return self._json_bytes.decode("utf-8")
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``; what looks like a special token becomes that token."""
+        """Token ids of ``text``; what looks like a special token becomes that token.
+
+        Bytes that the vocabulary lacks (SmolLM2's lacks a few control bytes) are dropped, as the
+        model's own tokenizer does.
+        """
         return list(self._core.encode(text, add_special_tokens=False).ids)
 
     def encode_plain(self, text: str) -> list[int]:

@@ -49,13 +49,14 @@ def fetch_hub_file(source: HubSource, folder: Path, on_bytes: Callable[[int], No
         raise DownloadError(_reason(error)) from error
 
 
-def cached_checkpoint(repository: str) -> Path | None:
-    """The folder of a repository that is already in the hub's cache, whole or in part."""
+def cached_checkpoint(repository: str, filename: str | None) -> Path | None:
+    """The snapshot folder of a repository that is in the hub's cache, perhaps not all of it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, local_files_only=True))
+        wanted = _wanted(filename)
+        return Path(snapshot_download(repository, allow_patterns=wanted, local_files_only=True))
     except HFValidationError as error:
         raise ModelNotFoundError(f"{repository!r} is no hub repository: {error}") from error
     except LocalEntryNotFoundError:
@@ -81,7 +82,7 @@ def fetch_checkpoint(
         return Path(
             snapshot_download(
                 repository,
-                allow_patterns=_CHECKPOINT_PATTERNS if filename is None else [filename],
+                allow_patterns=_wanted(filename),
                 tqdm_class=_bar_reporting(on_bytes),
             )
         )
@@ -96,6 +97,10 @@ def fetch_checkpoint(
         raise DownloadError(
             f"could not fetch {repository} from the hub: {_reason(error)}"
         ) from error
+
+
+def _wanted(filename: str | None) -> list[str]:
+    return _CHECKPOINT_PATTERNS if filename is None else [filename]
 
 
 def delete_cached(repository: str) -> int:

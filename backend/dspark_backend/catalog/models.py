@@ -113,7 +113,7 @@ def _fetch_from_hub(repository: str, filename: str | None, progress: ProgressSin
             progress(Progress(repository, Stage.FETCH, done, 0))
 
     with locked(repository):
-        folder = cached_checkpoint(repository)
+        folder = cached_checkpoint(repository, filename)
         if folder is None or not _is_whole(folder, filename):
             folder = fetch_checkpoint(repository, filename, report)
     if filename is None and not _is_whole(folder, None):

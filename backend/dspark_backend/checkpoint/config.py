@@ -122,10 +122,11 @@ def _family(d: Mapping[str, Any]) -> Family:
 
 def _refuse_unsupported(d: Mapping[str, Any], family: Family) -> None:
     """Options that change the arithmetic in a way our decoder does not know are refused."""
-    layer_types = d.get("layer_types") or ()
+    layer_types = d.get("layer_types") or []
     refused: dict[str, bool] = {
         "use_sliding_window": bool(d.get("use_sliding_window")),
-        "layer_types": any(kind != "full_attention" for kind in layer_types),
+        "layer_types": not isinstance(layer_types, list)
+        or any(kind != "full_attention" for kind in layer_types),
         "quantization_config": d.get("quantization_config") is not None,
         "hidden_act": d.get("hidden_act", "silu") not in ("silu", "swish"),
         "mlp_bias": family == "llama" and bool(d.get("mlp_bias")),

@@ -18,6 +18,7 @@ from dspark_backend.checkpoint.gguf_config import ROPE_FREQUENCIES, hub_name, mo
 from dspark_backend.checkpoint.gguf_tokenizer import tokenizer_files
 from dspark_backend.checkpoint.layout import check_tensors, tensor_shapes
 from dspark_backend.checkpoint.safetensors import SafetensorsWriter
+from dspark_backend.tokenizer import Tokenizer
 
 # Elements de-quantised at once: 4 MiB of float32, so that memory stays flat whatever the model.
 _CHUNK_ELEMENTS = 1 << 20
@@ -37,13 +38,15 @@ def convert_gguf(
     """
     file = GGUFFile(source)
     try:
-        documents = tokenizer_files(file)
-        config = model_config(file) | documents["generation_config.json"]
+        config = model_config(file)
+        documents = tokenizer_files(file, config["max_position_embeddings"])
+        config |= documents["generation_config.json"]
+        for name, document in {**documents, "config.json": config}.items():
+            _write_json(target / name, document)
+        Tokenizer(target)  # loads, or says what is wrong, before the long work
         _write_weights(file, TargetConfig.from_dict(config), target, on_bytes)
     finally:
         file.close()
-    for name, document in {**documents, "config.json": config}.items():
-        _write_json(target / name, document)
 
 
 def _write_weights(

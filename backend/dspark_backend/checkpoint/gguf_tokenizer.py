@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeVar
 
 from dspark_backend.checkpoint.gguf import GGUFFile
 from dspark_backend.errors import ModelFormatError
+
+
+_T = TypeVar("_T")
 
 
 class TokenType(IntEnum):
@@ -56,8 +59,10 @@ _PRE_TOKENIZERS: Mapping[str, list[dict[str, Any]]] = {
 }
 
 
-def tokenizer_files(file: GGUFFile) -> dict[str, dict[str, Any]]:
+def tokenizer_files(file: GGUFFile, context_length: int) -> dict[str, dict[str, Any]]:
     """``tokenizer.json``, ``tokenizer_config.json`` and ``generation_config.json`` as objects.
+
+    ``context_length`` is the model's, in tokens.
 
     Raises:
         ModelFormatError: the vocabulary is damaged, or of a kind that is not supported.
@@ -72,15 +77,17 @@ def tokenizer_files(file: GGUFFile) -> dict[str, dict[str, Any]]:
         raise ModelFormatError(f"{file.path}: tokenizer.ggml.model {kind!r} is not supported")
     return {
         "tokenizer.json": document,
-        "tokenizer_config.json": _tokenizer_config(file, tokens),
+        "tokenizer_config.json": _tokenizer_config(file, tokens, context_length),
         "generation_config.json": _generation_config(file, tokens),
     }
 
 
 def _vocabulary(file: GGUFFile) -> tuple[list[str], list[int]]:
     """Tokens and their types, without the unused ones that pad the table's end."""
-    tokens = _strings(file, "tokenizer.ggml.tokens")
-    types = file.metadata.get("tokenizer.ggml.token_type") or [TokenType.NORMAL] * len(tokens)
+    tokens = _list_of(file, "tokenizer.ggml.tokens", str)
+    types = [TokenType.NORMAL] * len(tokens)
+    if "tokenizer.ggml.token_type" in file.metadata:
+        types = _list_of(file, "tokenizer.ggml.token_type", int)
     if len(types) != len(tokens):
         raise ModelFormatError(
             f"{file.path}: {len(tokens)} tokens but {len(types)} entries of token_type"
@@ -97,12 +104,12 @@ def _vocabulary(file: GGUFFile) -> tuple[list[str], list[int]]:
 
 def _byte_level_bpe(file: GGUFFile, tokens: list[str], types: list[int]) -> dict[str, Any]:
     pre = file.metadata.get("tokenizer.ggml.pre", "default")
-    if pre not in _PRE_TOKENIZERS:
+    if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
         raise ModelFormatError(
             f"{file.path}: pre-tokenizer {pre!r} is not supported; known are "
             + ", ".join(_PRE_TOKENIZERS)
         )
-    merges = [line.split(" ") for line in _strings(file, "tokenizer.ggml.merges")]
+    merges = [line.split(" ") for line in _list_of(file, "tokenizer.ggml.merges", str)]
     if any(len(pair) != 2 for pair in merges):
         raise ModelFormatError(f"{file.path}: tokenizer.ggml.merges holds a line that is no pair")
     return {
@@ -131,9 +138,9 @@ def _byte_level_bpe(file: GGUFFile, tokens: list[str], types: list[int]) -> dict
 
 def _sentencepiece_bpe(file: GGUFFile, tokens: list[str], types: list[int]) -> dict[str, Any]:
     """Llama 2's kind: pieces with scores, a space is U+2581, unknown characters fall to bytes."""
-    scores = file.metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) < len(tokens):
-        raise ModelFormatError(f"{file.path}: tokenizer.ggml.scores is missing or too short")
+    scores = _list_of(file, "tokenizer.ggml.scores", float)
+    if len(scores) < len(tokens):
+        raise ModelFormatError(f"{file.path}: tokenizer.ggml.scores is too short")
     prefix = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
     unknown = [
         token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.UNKNOWN
@@ -202,17 +209,18 @@ def _added_tokens(tokens: list[str], types: list[int]) -> list[dict[str, Any]]:
     ]
 
 
-def _tokenizer_config(file: GGUFFile, tokens: list[str]) -> dict[str, Any]:
+def _tokenizer_config(
+    file: GGUFFile, tokens: list[str], context_length: int
+) -> dict[str, Any]:
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
+        "model_max_length": context_length,
     }
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         token_id = _token_id(file, f"tokenizer.ggml.{key}_token_id", tokens)
         if token_id is not None:
             config[f"{name}_token"] = tokens[token_id]
-    context = file.metadata.get(f"{file.metadata['general.architecture']}.context_length")
-    config["model_max_length"] = context
     template = file.metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
         config["chat_template"] = template
@@ -243,8 +251,8 @@ def _token_id(file: GGUFFile, key: str, tokens: list[str]) -> int | None:
     return value
 
 
-def _strings(file: GGUFFile, key: str) -> list[str]:
+def _list_of(file: GGUFFile, key: str, kind: type[_T]) -> list[_T]:
     value = file.metadata.get(key)
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ModelFormatError(f"{file.path}: {key} is missing or no list of strings")
+    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+        raise ModelFormatError(f"{file.path}: {key} is missing or no list of {kind.__name__}")
     return value
