@@ -1,0 +1,63 @@
+"""Our own engine as a contender."""
+
+from __future__ import annotations
+
+import time
+
+from dspark_backend.bench.contender import ContenderSpec, Loaded, Sample, Turn
+from dspark_backend.engine import Engine
+from dspark_backend.events import StepEvent, Tokens
+from dspark_backend.request import SamplingParams, StepRequest
+from dspark_backend.session import Session
+
+
+class DSparkContender:
+    """One session of an engine that serves nobody else."""
+
+    def __init__(self, spec: ContenderSpec) -> None:
+        began = time.perf_counter()
+        self._engine = Engine.load(
+            spec.model,
+            precision=spec.precision,
+            threads=spec.threads,
+            max_context=spec.max_context,
+        )
+        self._session: Session | None = None
+        self.loaded = Loaded(
+            precision=self._engine.precision.value, load_s=time.perf_counter() - began
+        )
+
+    def start(self) -> None:
+        if self._session is not None:
+            self._session.close()
+        self._session = self._engine.open_session()
+
+    def turn(self, turn: Turn) -> Sample:
+        if self._session is None:
+            self._session = self._engine.open_session()
+        first: list[float] = []
+
+        def note(event: StepEvent) -> None:
+            if isinstance(event, Tokens) and not first:
+                first.append(time.perf_counter())
+
+        began = time.perf_counter()
+        grammar = None if turn.spec is None else self._engine.compile(turn.spec)
+        request = StepRequest(
+            tokens=turn.tokens,
+            max_new_tokens=turn.max_new_tokens,
+            sampling=SamplingParams(temperature=turn.temperature, seed=turn.seed),
+            grammar=grammar,
+        )
+        outcome = self._engine.submit(self._session, request, on_event=note).result()
+        ended = time.perf_counter()
+        return Sample(
+            token_ids=outcome.token_ids,
+            text=outcome.text,
+            ttft_s=(first[0] if first else ended) - began,
+            total_s=ended - began,
+            metrics=outcome.metrics,
+        )
+
+    def close(self) -> None:
+        self._engine.close()

@@ -1,0 +1,88 @@
+"""What a reader needs to know of the machine before comparing two reports."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+_PACKAGES = ("dspark-agent", "torch", "transformers", "llguidance", "llama-cpp-python")
+
+
+class HostFacts(BaseModel):
+    """The machine and the software of one report. ``cores`` are those this process may use."""
+
+    model_config = ConfigDict(frozen=True)
+
+    system: str
+    cpu: str
+    cpu_flags: tuple[str, ...]
+    cores: int
+    memory_bytes: int
+    python: str
+    packages: dict[str, str]
+
+
+def host_facts() -> HostFacts:
+    """Reads the facts of this host; nothing that names the machine or its user is among them."""
+    cpu, flags = _cpu()
+    return HostFacts(
+        system=f"{platform.system()} {platform.machine()}",
+        cpu=cpu,
+        cpu_flags=flags,
+        cores=usable_cores(),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        python=platform.python_version(),
+        packages=_versions(),
+    )
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on: its affinity where the system has one."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident set of this process so far.
+
+    Linux's ``VmHWM`` rather than ``ru_maxrss``: the latter survives ``exec`` and would count the
+    process that started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _cpu() -> tuple[str, tuple[str, ...]]:
+    """Name of the processor, and which of the instruction sets that matter here it has."""
+    wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16")
+    facts = Path("/proc/cpuinfo")
+    if not facts.exists():
+        return platform.processor() or platform.machine(), ()
+    fields: dict[str, str] = {}
+    for line in facts.read_text().splitlines():
+        name, _, value = line.partition(":")
+        fields[name.strip()] = value.strip()
+    flags = set(fields.get("flags", "").split())
+    return fields.get("model name", platform.machine()), tuple(f for f in wanted if f in flags)
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,119 @@
+"""Who takes part in a run: the model under test, our engine on it, and the peers asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from dspark_backend.bench.contender import ContenderSpec, Turn
+from dspark_backend.bench.errors import BenchError
+from dspark_backend.bench.host import usable_cores
+from dspark_backend.bench.worker import Worker
+from dspark_backend.catalog import ModelFiles, ProgressSink, resolve
+from dspark_backend.grammar.dialect import Dialect, dialect_for
+from dspark_backend.tokenizer import Tokenizer
+
+OURS = "dspark_backend.bench.dspark:DSparkContender"
+PEERS = {
+    "transformers": "dspark_backend.bench.peers.transformers:TransformersPeer",
+    "llama-cpp": "dspark_backend.bench.peers.llama_cpp:LlamaCppPeer",
+}
+_CONTEXT_STEP = 256
+_WARM_UP_TOKENS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The model under test, as this process needs it: to write prompts and to read answers."""
+
+    model: str
+    files: ModelFiles
+    tokenizer: Tokenizer
+    dialect: Dialect
+
+    @classmethod
+    def of(cls, model: str, progress: ProgressSink | None = None) -> Subject:
+        """Fetches and converts ``model`` if need be."""
+        files = resolve(model, progress=progress)
+        tokenizer = files.tokenizer()
+        return cls(model, files, tokenizer, dialect_for(tokenizer, files.config))
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What is equal for all. ``threads`` ``None`` takes the usable cores."""
+
+    precision: str | None = None
+    threads: int | None = None
+    peers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        unknown = [peer for peer in self.peers if peer not in PEERS]
+        if unknown:
+            raise BenchError(f"unknown peer {unknown[0]!r}: choose from {', '.join(PEERS)}")
+        if self.threads is not None and self.threads < 1:
+            raise BenchError(f"threads must be at least 1, not {self.threads}")
+
+
+class Lineup:
+    """The contenders' processes, loaded and warmed up; a context manager."""
+
+    def __init__(self, subject: Subject, terms: Terms, context: int) -> None:
+        self.threads = terms.threads or usable_cores()
+        spec = ContenderSpec(
+            model=subject.model,
+            folder=subject.files.folder,
+            gguf=subject.files.gguf,
+            dialect=subject.dialect.name,
+            end_token_ids=tuple(subject.tokenizer.eos_token_ids),
+            precision=terms.precision,
+            threads=self.threads,
+            max_context=_rounded(context, subject.files.config.max_position_embeddings),
+        )
+        with ExitStack() as stack:
+            self.ours = stack.enter_context(Worker("dspark", OURS, spec))
+            self.peers = {
+                name: stack.enter_context(Worker(name, PEERS[name], spec)) for name in terms.peers
+            }
+            warm_up = tuple(subject.tokenizer.encode("Count from one to ten."))
+            for worker in self.all:
+                worker.start()
+                worker.turn(Turn(tokens=warm_up, max_new_tokens=_WARM_UP_TOKENS))
+            self._stack = stack.pop_all()
+
+    @property
+    def all(self) -> Sequence[Worker]:
+        """Ours first, then the peers as they were asked for."""
+        return [self.ours, *self.peers.values()]
+
+    def order(self, index: int) -> list[Worker]:
+        """Who goes when on prompt ``index``: each in turn goes first, so that a drift of the
+        machine's clock is nobody's advantage."""
+        start = index % len(self.all)
+        return [*self.all[start:], *self.all[:start]]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+
+def _rounded(context: int, most: int) -> int:
+    """``context`` rounded up to a whole number of steps, as far as the model reaches.
+
+    Raises BenchError when the longest conversation does not fit.
+    """
+    if context > most:
+        raise BenchError(
+            f"the longest prompt needs {context} tokens; the model has room for {most}"
+        )
+    return min(most, -(-context // _CONTEXT_STEP) * _CONTEXT_STEP)

@@ -1,0 +1,111 @@
+"""The reports as tables for a terminal."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.filesize import decimal
+from rich.table import Table
+
+from dspark_backend.bench.decode import DecodeReport, DecodeTotals
+from dspark_backend.bench.quality import QualityReport
+from dspark_backend.bench.steps_report import StepsReport, StepsTotals
+from dspark_backend.request import StepKind
+
+_OURS = "dspark"
+
+
+def decode_table(report: DecodeReport) -> Table:
+    """Medians of every contender and the ratio of ours to theirs."""
+    table = _table(
+        f"{report.model}, {len(report.runs)} prompts, {report.threads} threads",
+        ("precision", "tok/s", "ttft ms", "tokens/pass", "peak RSS", "ours/theirs"),
+    )
+
+    def row(name: str, precision: str, totals: DecodeTotals, ratio: float | None) -> None:
+        table.add_row(
+            name,
+            precision,
+            _number(totals.tok_per_s, ".1f"),
+            _milliseconds(totals.ttft_s),
+            _number(totals.accepted_length, ".2f"),
+            decimal(totals.peak_rss_bytes),
+            "" if name == _OURS else f"{_number(ratio, '.2f')}x",
+        )
+
+    row(_OURS, report.precision, report.totals, None)
+    for name, peer in report.peers.items():
+        row(name, peer.precision, peer.totals, peer.ratio_tok_per_s)
+    return table
+
+
+def steps_table(report: StepsReport) -> Table:
+    """Summed, median and p95 step time by kind for every contender, and the speed-up."""
+    steps = sum(len(run.steps) for run in report.runs)
+    table = _table(
+        f"{report.model}, {len(report.runs)} runs of {steps} steps, {report.threads} threads",
+        ("steps", "sum s", "median ms", "p95 ms", "tokens", "valid", "cached", "speed-up"),
+    )
+
+    def row(
+        name: str,
+        totals: StepsTotals,
+        speedup: float | None,
+        by_kind: dict[StepKind, float | None],
+    ) -> None:
+        table.add_row(
+            name,
+            str(totals.step_s.count),
+            f"{totals.step_s.sum:.2f}",
+            _milliseconds(totals.step_s.median),
+            _milliseconds(totals.step_s.p95),
+            str(totals.new_tokens),
+            f"{totals.valid_share:.0%}",
+            "" if totals.cached_share is None else f"{totals.cached_share:.1%}",
+            "" if name == _OURS else f"{_number(speedup, '.2f')}x",
+        )
+        for kind, spread in totals.step_s.by_kind.items():
+            table.add_row(
+                f"  {kind.value}",
+                str(spread.count),
+                f"{spread.sum:.2f}",
+                _milliseconds(spread.median),
+                _milliseconds(spread.p95),
+                "",
+                "",
+                "",
+                "" if name == _OURS else f"{_number(by_kind.get(kind), '.2f')}x",
+            )
+
+    row(_OURS, report.totals, None, {})
+    for name, peer in report.peers.items():
+        row(name, peer.totals, peer.speedup, peer.speedup_by_kind)
+    return table
+
+
+def quality_table(report: QualityReport) -> Table:
+    """Perplexities side by side."""
+    table = _table(
+        f"{report.model}, {report.tokens} tokens of {report.text}", ("perplexity", "against bf16")
+    )
+    table.add_row("bf16", f"{report.reference_perplexity:.3f}", "")
+    if report.precision != "bf16":
+        table.add_row(
+            report.precision, f"{report.perplexity:.3f}", f"{report.relative_change:+.2%}"
+        )
+    return table
+
+
+def _table(title: str, columns: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1000:.0f}"
