@@ -1,0 +1,184 @@
+"""``dspark-agent bench``: figures as JSON for scripts and as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from dspark_agent.cli.console import err, out
+from dspark_agent.cli.progress import model_bars
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+app = typer.Typer(
+    help="Measure, as ratios within one run. Leave the machine alone meanwhile.",
+    no_args_is_help=True,
+)
+
+
+Counted = Callable[[int, int], None]
+
+
+class Switch(StrEnum):
+    ON = "on"
+    OFF = "off"
+
+
+class DecodePeerName(StrEnum):
+    TRANSFORMERS = "transformers"
+    LLAMA_CPP = "llama-cpp"
+
+
+class StepsPeerName(StrEnum):
+    LLAMA_CPP = "llama-cpp"
+
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Known name, path or hub id.")]
+Precision = Annotated[
+    str | None,
+    typer.Option(help="bf16, int8 or int8x16; the model's measured best when left out."),
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="For all contenders; all usable cores when left out.")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first K lines of the file.")]
+Json = Annotated[Path, typer.Option("--json", help="Where the report goes.")]
+
+
+@app.command()
+def decode(
+    model: Model,
+    json_file: Json,
+    prompts: Annotated[
+        str, typer.Option(help="JSON-lines file of prompts, or the name of a set that ships.")
+    ] = "code",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write a prompt.")] = 64,
+    limit: Limit = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Keys the noise of sampling.")] = 0,
+    speculation: Annotated[Switch, typer.Option(help="Speculative decoding.")] = Switch.OFF,
+    precision: Precision = None,
+    threads: Threads = None,
+    peer: Annotated[
+        list[DecodePeerName] | None, typer.Option(help="Run beside ours; may be repeated.")
+    ] = None,
+) -> None:
+    """Tokens a second and time to the first token, prompt by prompt."""
+    from dspark_backend.bench.decode import DecodeSettings, run_decode
+    from dspark_backend.bench.jsonl import shipped
+    from dspark_backend.bench.lineup import Terms
+    from dspark_backend.bench.table import decode_table
+
+    switch: Literal["on", "off"] = "on" if speculation is Switch.ON else "off"
+    settings = DecodeSettings(
+        model=model,
+        prompts=shipped("prompts", prompts),
+        max_new_tokens=max_new_tokens,
+        limit=limit,
+        temperature=temperature,
+        seed=seed,
+        speculation=switch,
+        terms=Terms(precision, threads, tuple(name.value for name in peer or ())),
+    )
+    _writable(json_file)
+    with model_bars() as downloads, _counter("samples") as counted:
+        report = run_decode(settings, progress=downloads, on_sample=counted)
+    out().print(decode_table(report))
+    _write(report, json_file)
+
+
+@app.command()
+def steps(
+    model: Model,
+    json_file: Json,
+    trace: Annotated[
+        str, typer.Option(help="JSON-lines file of recorded runs, or the name of one that ships.")
+    ] = "coding",
+    limit: Limit = None,
+    precision: Precision = None,
+    threads: Threads = None,
+    peer: Annotated[
+        list[StepsPeerName] | None, typer.Option(help="Run beside ours; may be repeated.")
+    ] = None,
+) -> None:
+    """Seconds of every step of recorded agent runs."""
+    from dspark_backend.bench.jsonl import shipped
+    from dspark_backend.bench.lineup import Terms
+    from dspark_backend.bench.steps import StepsSettings, run_steps
+    from dspark_backend.bench.table import steps_table
+
+    settings = StepsSettings(
+        model=model,
+        trace=shipped("traces", trace),
+        limit=limit,
+        terms=Terms(precision, threads, tuple(name.value for name in peer or ())),
+    )
+    _writable(json_file)
+    with model_bars() as downloads, _counter("steps") as counted:
+        report = run_steps(settings, progress=downloads, on_step=counted)
+    out().print(steps_table(report))
+    _write(report, json_file)
+
+
+@app.command()
+def quality(
+    model: Model,
+    json_file: Json,
+    precision: Precision = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A UTF-8 text; the project's own sample when left out.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Most tokens of the text to score.")] = 4096,
+    threads: Threads = None,
+) -> None:
+    """Perplexity of a precision beside bf16 on a fixed text."""
+    from dspark_backend.bench.quality import QualitySettings, run_quality
+    from dspark_backend.bench.table import quality_table
+
+    settings = QualitySettings(
+        model=model, precision=precision, text=text, max_tokens=tokens, threads=threads
+    )
+    _writable(json_file)
+    with model_bars() as downloads, _counter("tokens") as counted:
+        report = run_quality(settings, progress=downloads, on_tokens=counted)
+    out().print(quality_table(report))
+    _write(report, json_file)
+
+
+@contextmanager
+def _counter(what: str) -> Iterator[Counted]:
+    """A bar that counts ``what``, drawn from the first report on."""
+    bars = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=err()
+    )
+    tasks: list[TaskID] = []
+
+    def report(done: int, total: int) -> None:
+        if not tasks:
+            tasks.append(bars.add_task(what))
+            bars.start()
+        bars.update(tasks[0], completed=done, total=total)
+
+    try:
+        yield report
+    finally:
+        if tasks:
+            bars.stop()
+
+
+def _writable(path: Path) -> None:
+    """Fails before the minutes of measuring, not after them."""
+    with path.open("a", encoding="utf-8"):
+        pass
+
+
+def _write(report: BaseModel, path: Path) -> None:
+    path.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    err().print(f"[note]wrote {path}[/]")
