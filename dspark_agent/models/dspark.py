@@ -1,0 +1,410 @@
+"""The embedded model: an engine in this process, driven from asyncio or trio.
+
+The only module of the SDK, with the command line, that touches the engine; importing it loads
+torch. A conversation is a token log: each turn renders and computes only what is new.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import anyio
+import anyio.to_thread
+
+from dspark_agent.errors import (
+    ContextLengthError,
+    ModelError,
+    ModelNotFoundError,
+    SchemaError,
+    SessionClosedError,
+    UserError,
+)
+from dspark_agent.limits import RequestUsage
+from dspark_agent.messages import (
+    FinishReason,
+    ModelRequest,
+    ModelResponse,
+    ResponsePart,
+    TextPart,
+    ToolCallPart,
+)
+from dspark_agent.metrics import StepMetrics
+from dspark_agent.models.base import (
+    CallChunk,
+    CallEnd,
+    CallStart,
+    Emit,
+    Model,
+    ModelEvent,
+    ModelSession,
+    ModelTurn,
+    TextChunk,
+)
+from dspark_agent.models.bridge import ThreadBridge
+from dspark_agent.models.chat import ChatMessage, chat_messages, function_tools
+from dspark_agent.models.outline import outline
+from dspark_agent.settings import ModelSettings
+from dspark_agent.tools import ToolDefinition
+from dspark_backend import errors as backend
+from dspark_backend.engine import Engine
+from dspark_backend.events import Failed, Finished, StepEvent, Tokens
+from dspark_backend.grammar import events as parsed
+from dspark_backend.grammar.parser import TurnParser
+from dspark_backend.grammar.spec import TurnSpec
+from dspark_backend.request import FinishReason as EngineFinish
+from dspark_backend.request import ForcedMode, SamplingParams, StepOutcome, StepRequest
+from dspark_backend.session import Session as EngineSession
+
+DEFAULT_MAX_TOKENS = 1024
+"""New tokens of a turn whose settings do not say, where the context has room for them."""
+
+
+class DSparkModel(Model):
+    """A model on an engine in this process.
+
+    The engine is loaded on first use (see :meth:`load`) and shared by everything that uses this
+    object, so give several agents the same one.
+
+    Args:
+        model: a known name, a local folder or GGUF file, or a hub id.
+        precision: as :meth:`Engine.load`; None takes what suits the model.
+        threads: of the forward pass; None takes all cores.
+        max_context: tokens a conversation may hold; None takes the engine's default.
+        kv_bytes: memory for keys and values; None takes the engine's default.
+        progress: called while a model is fetched and converted; see the engine's catalogue.
+        engine: one that is already loaded; it stays the caller's to close.
+        settings: this model's own defaults.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        precision: str | None = None,
+        threads: int | None = None,
+        max_context: int | None = None,
+        kv_bytes: int | None = None,
+        progress: Callable[[Any], None] | None = None,
+        engine: Engine | None = None,
+        settings: ModelSettings | None = None,
+    ) -> None:
+        self.settings = settings
+        self._name = model
+        options = {
+            "precision": precision,
+            "threads": threads,
+            "max_context": max_context,
+            "kv_bytes": kv_bytes,
+            "progress": progress,
+        }
+        self._options: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
+        self._engine = engine
+        self._owns_engine = engine is None
+        self._loading = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    async def load(self) -> Engine:
+        """The engine, loaded (and the model fetched) if it was not yet.
+
+        Raises:
+            ModelNotFoundError: no such model, or no source of it can be reached.
+            ModelError: its files are damaged or of an unsupported family.
+        """
+        if self._engine is not None:
+            return self._engine
+        with _translated():
+            return await anyio.to_thread.run_sync(self._load, abandon_on_cancel=True)
+
+    def _load(self) -> Engine:
+        with self._loading:
+            if self._engine is None:
+                self._engine = Engine.load(self._name, **self._options)
+            return self._engine
+
+    async def open(
+        self, tools: Sequence[ToolDefinition], *, token_log: Sequence[int] | None = None
+    ) -> ModelSession:
+        engine = await self.load()
+        if tools:
+            spec = TurnSpec(tools=function_tools(tools))
+            with _translated():  # finds a schema that cannot be honoured before the first turn
+                await anyio.to_thread.run_sync(engine.compile, spec)
+        return _DSparkSession(engine, self._name, tools, engine.open_session(), token_log or ())
+
+    async def close(self) -> None:
+        """End the engine's thread and free its memory, unless the engine came from outside."""
+        if self._owns_engine and self._engine is not None:
+            engine, self._engine = self._engine, None
+            await anyio.to_thread.run_sync(engine.close)
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    tokens: int
+    outlined: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    request: StepRequest
+    reader: _TurnReader
+    outlined: frozenset[str]
+
+
+class _DSparkSession(ModelSession):
+    """A token log on the engine.
+
+    ``resumed`` are tokens of an earlier session that the first turn sends along. ``_outlined``
+    holds the outlines of typed results that the log has told the model already.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        model_name: str,
+        tools: Sequence[ToolDefinition],
+        session: EngineSession,
+        resumed: Sequence[int],
+        outlined: frozenset[str] = frozenset(),
+    ) -> None:
+        self._engine = engine
+        self._model_name = model_name
+        self._tools = tuple(tools)
+        self._session = session
+        self._resumed = tuple(resumed)
+        self._outlined = outlined
+
+    @property
+    def token_log(self) -> tuple[int, ...]:
+        return self._session.tokens or self._resumed
+
+    async def step(
+        self, messages: Sequence[ModelRequest | ModelResponse], turn: ModelTurn, emit: Emit
+    ) -> ModelResponse:
+        mark = self.mark()
+        with _translated():
+            prepared = await anyio.to_thread.run_sync(self._prepare, messages, turn)
+            try:
+                outcome = await self._generate(prepared, emit)
+                if outcome.finish_reason is EngineFinish.CANCELLED:
+                    raise ModelError("the step was ended from outside: was its engine closed?")
+            except BaseException:
+                with anyio.CancelScope(shield=True):
+                    await self.rollback(mark)
+                raise
+        self._outlined = prepared.outlined
+        usage = RequestUsage(
+            input_tokens=len(self._session.tokens) - len(outcome.token_ids),
+            cached_tokens=outcome.metrics.prefill_cached_tokens,
+            output_tokens=len(outcome.token_ids),
+        )
+        parts = prepared.reader.parts()
+        return ModelResponse(
+            parts=parts,
+            model_name=self._model_name,
+            usage=usage,
+            finish_reason=_finish_reason(outcome, parts),
+            metrics=StepMetrics(**asdict(outcome.metrics)),
+        )
+
+    def _prepare(
+        self, messages: Sequence[ModelRequest | ModelResponse], turn: ModelTurn
+    ) -> _Prepared:
+        """Render what is new and compile the turn's grammar (in a worker thread)."""
+        dialect, log = self._engine.dialect, self.token_log
+        chat = chat_messages(messages)
+        outlined = self._add_outline(chat, turn)
+        if log:
+            closed = log[-1] == dialect.end_of_turn_id
+            tokens = [*self._unsent_log(), *dialect.render_next(chat, closed=closed)]
+        else:
+            tokens = dialect.render_start(chat, function_tools(self._tools))
+        spec = _turn_spec(turn)
+        grammar = self._engine.compile(spec)
+        room = self._engine.max_context - len(self._session.tokens) - len(tokens)
+        request = StepRequest(
+            tokens=tuple(tokens),
+            max_new_tokens=turn.settings.get("max_tokens", max(1, min(DEFAULT_MAX_TOKENS, room))),
+            sampling=_sampling(turn.settings),
+            grammar=grammar,
+            forced=ForcedMode(turn.settings.get("forced", ForcedMode.CANONICAL)),
+            stop=tuple(turn.settings.get("stop_sequences", ())),
+            kind=spec.kind,
+        )
+        parser = None if grammar is None else dialect.parser(spec)
+        return _Prepared(request, _TurnReader(parser), outlined)
+
+    def _unsent_log(self) -> tuple[int, ...]:
+        return () if self._session.tokens else self._resumed
+
+    def _add_outline(self, chat: list[ChatMessage], turn: ModelTurn) -> frozenset[str]:
+        """Say once in a log what a typed result looks like: the grammar only enforces it."""
+        if turn.output_schema is None:
+            return self._outlined
+        shape = outline(turn.output_schema)
+        if shape in self._outlined:
+            return self._outlined
+        hint = f"{'When you are done, answer' if turn.tools else 'Answer'} with JSON: {shape}"
+        if chat and chat[-1]["role"] == "user":
+            chat[-1]["content"] += f"\n\n{hint}"
+        else:
+            chat.append({"role": "user", "content": hint})
+        return self._outlined | {shape}
+
+    async def _generate(self, prepared: _Prepared, emit: Emit) -> StepOutcome:
+        """Run the step on the engine's thread; its events arrive here as they happen."""
+        bridge = ThreadBridge[StepEvent]()
+        handle = self._engine.submit(self._session, prepared.request, on_event=bridge.put)
+        running = True
+        try:
+            while True:
+                for event in await bridge.get_all():
+                    match event:
+                        case Tokens(text=text):
+                            await _send(prepared.reader.feed(text), emit)
+                        case Finished(outcome):
+                            running = False
+                            await _send(prepared.reader.end(), emit)
+                            return outcome
+                        case Failed(error):
+                            running = False
+                            raise error
+        finally:
+            if running:  # cancelled from outside, or a listener failed: stop the token loop now
+                handle.cancel()
+                with anyio.CancelScope(shield=True):
+                    await _ended(bridge)
+
+    def mark(self) -> object:
+        return _Mark(len(self._session.tokens), self._outlined)
+
+    async def rollback(self, mark: object) -> None:
+        assert isinstance(mark, _Mark)
+        self._outlined = mark.outlined
+        surplus = len(self._session.tokens) - mark.tokens
+        if surplus:
+            self._session.rollback(surplus)
+
+    async def fork(self) -> ModelSession:
+        return _DSparkSession(
+            self._engine,
+            self._model_name,
+            self._tools,
+            self._session.fork(),
+            self._resumed,
+            self._outlined,
+        )
+
+    async def close(self) -> None:
+        self._session.close()
+
+
+class _TurnReader:
+    """Reads a turn's text as it is written: events on the way, the response's parts at the end."""
+
+    def __init__(self, parser: TurnParser | None) -> None:
+        self._parser = parser
+        self._text: list[str] = []
+        self._calls: list[ToolCallPart] = []
+        self._open_call: str | None = None
+        self._arguments: list[str] = []
+
+    def feed(self, text: str) -> list[ModelEvent]:
+        """The events that ``text`` makes certain."""
+        if self._parser is None:
+            return [self._said(text)] if text else []
+        return [self._event(event) for event in self._parser.feed(text)]
+
+    def end(self) -> list[ModelEvent]:
+        """The events that were waiting for more text, which does not come."""
+        if self._parser is None:
+            return []
+        return [self._event(event) for event in self._parser.flush()]
+
+    def parts(self) -> tuple[ResponsePart, ...]:
+        """What the turn came to; a call that broke off has its arguments as raw text."""
+        calls = list(self._calls)
+        if self._open_call is not None:
+            calls.append(ToolCallPart(tool_name=self._open_call, args="".join(self._arguments)))
+        text = "".join(self._text)
+        return (*((TextPart(content=text),) if text or not calls else ()), *calls)
+
+    def _said(self, text: str) -> TextChunk:
+        self._text.append(text)
+        return TextChunk(text)
+
+    def _event(self, event: parsed.TurnEvent) -> ModelEvent:
+        match event:
+            case parsed.TextDelta(text) | parsed.ObjectDelta(text):
+                return self._said(text)
+            case parsed.ToolCallStart(index, name):
+                self._open_call, self._arguments = name, []
+                return CallStart(index, name)
+            case parsed.ToolCallArgsDelta(index, fragment):
+                self._arguments.append(fragment)
+                return CallChunk(index, fragment)
+            case parsed.ToolCallEnd(index, name, arguments):
+                self._open_call = None
+                self._calls.append(ToolCallPart(tool_name=name, args=arguments))
+                return CallEnd(index, self._calls[-1])
+
+
+async def _send(events: Sequence[ModelEvent], emit: Emit) -> None:
+    for event in events:
+        await emit(event)
+
+
+async def _ended(bridge: ThreadBridge[StepEvent]) -> None:
+    """Wait until the engine has let go of the step."""
+    while True:
+        if any(isinstance(event, Finished | Failed) for event in await bridge.get_all()):
+            return
+
+
+def _turn_spec(turn: ModelTurn) -> TurnSpec:
+    named = turn.tool_choice not in ("auto", "required", "none")
+    return TurnSpec(
+        tools=function_tools(turn.tools),
+        tool_choice={"name": turn.tool_choice} if named else turn.tool_choice,  # type: ignore[arg-type]
+        output_schema=turn.output_schema,
+        allow_text=turn.allow_text,
+        parallel_tool_calls=turn.settings.get("parallel_tool_calls", False),
+    )
+
+
+def _sampling(settings: ModelSettings) -> SamplingParams:
+    names = SamplingParams.__dataclass_fields__
+    return SamplingParams(**{key: value for key, value in settings.items() if key in names})  # type: ignore[arg-type]
+
+
+def _finish_reason(outcome: StepOutcome, parts: Sequence[ResponsePart]) -> FinishReason:
+    if outcome.finish_reason is EngineFinish.LENGTH:
+        return FinishReason.LENGTH
+    calls = any(isinstance(part, ToolCallPart) for part in parts)
+    return FinishReason.TOOL_CALL if calls else FinishReason.STOP
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """The engine's errors as the SDK's, message unchanged."""
+    try:
+        yield
+    except (backend.ModelNotFoundError, backend.DownloadError) as error:
+        raise ModelNotFoundError(str(error)) from error
+    except backend.ContextLengthError as error:
+        raise ContextLengthError(str(error)) from error
+    except backend.GrammarError as error:
+        raise SchemaError(str(error)) from error
+    except backend.RequestError as error:
+        raise UserError(str(error)) from error
+    except backend.SessionClosedError as error:
+        raise SessionClosedError(str(error)) from error
+    except backend.BackendError as error:
+        raise ModelError(str(error)) from error
