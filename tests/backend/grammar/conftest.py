@@ -137,37 +137,33 @@ def tiny_dialect(
 @pytest.fixture(scope="session")
 def legal_tokens() -> LegalTokens:
     """The ids whose bits are set in a matcher's mask, ascending."""
-
-    def legal(matcher: Matcher) -> list[int]:
-        row = torch.zeros(matcher.words, dtype=torch.int32)
-        matcher.fill_mask(row)
-        bits = np.unpackbits(row.numpy().view(np.uint8), bitorder="little")
-        return [int(i) for i in np.nonzero(bits)[0]]
-
-    return legal
+    return lambda matcher: _legal(matcher).tolist()
 
 
 @pytest.fixture(scope="session")
-def walk(legal_tokens: LegalTokens) -> Walk:
+def walk() -> Walk:
     """A random turn, token by token under the mask and without its end-of-turn token; None when
-    it found no end within ``limit`` tokens. Tokens that close something are preferred."""
+    it found no end within ``limit`` tokens. Tokens that close or open something are preferred."""
 
     def random_turn(
         grammar: Grammar,
         tokenizer: Tokenizer,
         rng: np.random.Generator,
         *,
-        limit: int = 250,
+        limit: int = 200,
         canonical: bool = True,
     ) -> list[int] | None:
         matcher = grammar.matcher(canonical=canonical)
         tokens: list[int] = []
         while len(tokens) < limit:
-            legal = legal_tokens(matcher)
-            if rng.random() < 0.4:
+            legal = _legal(matcher)
+            marks = [token for token in tokenizer.added_tokens.values() if token in legal]
+            if marks and rng.random() < 0.15:
+                legal = np.array(marks)
+            elif rng.random() < 0.4:
                 sample = rng.choice(legal, size=min(len(legal), 32))
                 closing = [t for t in sample if set(tokenizer.token_bytes(int(t))) & set(b'"}]>')]
-                legal = closing or legal
+                legal = np.array(closing) if closing else legal
             token = int(rng.choice(legal))
             matcher.accept([token])
             if token == matcher.end_of_turn_id:
@@ -176,6 +172,12 @@ def walk(legal_tokens: LegalTokens) -> Walk:
         return None
 
     return random_turn
+
+
+def _legal(matcher: Matcher) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    row = torch.zeros(matcher.words, dtype=torch.int32)
+    matcher.fill_mask(row)
+    return np.flatnonzero(np.unpackbits(row.numpy().view(np.uint8), bitorder="little"))
 
 
 def _dress(folder: Path, dialect: str) -> None:
