@@ -40,12 +40,13 @@ def chat(
     """Talk to a model. Ctrl-C stops an answer, twice leaves."""
     from anyio.from_thread import start_blocking_portal
 
-    from dspark_agent import Agent, ModelSettings
+    from dspark_agent import Agent, ModelSettings, UsageLimits
 
     agent = Agent(
         open_model(model, precision=precision, threads=threads, base_url=base_url),
         instructions=instructions,
         model_settings=ModelSettings(max_tokens=max_tokens, temperature=temperature, seed=seed),
+        limits=UsageLimits(request_limit=None),
     )
     err().print(f"[note]{_HELP}[/]")
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(agent):

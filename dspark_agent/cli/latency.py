@@ -12,6 +12,20 @@ if TYPE_CHECKING:
     from dspark_agent.metrics import StepMetrics
     from dspark_agent.step import StepResult
 
+_HEADINGS = (
+    "que-\nue",
+    "pre-\nfill",
+    "new",
+    "cach-\ned",
+    "ttft",
+    "de-\ncode",
+    "gram-\nmar",
+    "veri-\nfy",
+    "tool",
+    "over-\nhead",
+    "total",
+    "tok-\nens",
+)
 _PARTS = ("queue_s", "prefill_s", "decode_s", "grammar_s", "verify_s", "tool_s", "overhead_s")
 
 
@@ -22,16 +36,16 @@ def latency_table(steps: Sequence[StepResult[Any]], labels: Sequence[str] = ()) 
     conversation so far that were not computed again.
     """
     table = Table(
-        title="where the time went (ms)", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+        title="where the time went (ms)",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
     )
-    table.add_column("step")
-    for heading in ("queue", "prefill"):
-        table.add_column(heading, justify="right")
-    table.add_column("new / cached", justify="right")
-    for heading in ("ttft", "decode", "grammar", "verify", "tool", "overhead", "total"):
-        table.add_column(heading, justify="right")
-    table.add_column("tokens", justify="right")
-    table.add_column("tok/s", justify="right")
+    table.add_column("step", min_width=9)
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
     for number, step in enumerate(steps):
         label = labels[number] if number < len(labels) else step.kind.value
         table.add_row(f"{number + 1} {label}", *_cells(step.metrics))
@@ -44,12 +58,13 @@ def latency_table(steps: Sequence[StepResult[Any]], labels: Sequence[str] = ()) 
 def one_line(metrics: StepMetrics) -> str:
     """A step's account in a line, for under its output."""
     read = metrics.prefill_new_tokens + metrics.prefill_cached_tokens
-    cached = f", {metrics.prefill_cached_tokens / read:.0%} of the context cached" if read else ""
-    tool = f", tools {_ms(metrics.tool_s)} ms" if metrics.tool_s else ""
-    return (
-        f"{metrics.total_s:.2f} s: first token after {_ms(metrics.ttft_s)} ms, "
-        f"{metrics.new_tokens} tokens at {metrics.tok_per_s:.0f} tok/s{tool}{cached}"
-    )
+    facts = [f"{metrics.total_s:.2f} s", f"first token {_ms(metrics.ttft_s)} ms"]
+    if metrics.tool_s:
+        facts.append(f"tools {_ms(metrics.tool_s)} ms")
+    facts.append(f"{metrics.new_tokens} tokens, {metrics.tok_per_s:.0f}/s")
+    if read:
+        facts.append(f"{metrics.prefill_cached_tokens / read:.0%} cached")
+    return " | ".join(facts)
 
 
 def _cells(metrics: StepMetrics) -> list[str]:
@@ -57,12 +72,12 @@ def _cells(metrics: StepMetrics) -> list[str]:
     return [
         queue,
         prefill,
-        f"{metrics.prefill_new_tokens} / {metrics.prefill_cached_tokens}",
+        str(metrics.prefill_new_tokens),
+        str(metrics.prefill_cached_tokens),
         _ms(metrics.ttft_s),
         *rest,
         _ms(metrics.total_s),
         str(metrics.new_tokens),
-        f"{metrics.tok_per_s:.0f}",
     ]
 
 
@@ -71,16 +86,15 @@ def _sums(all_: Sequence[StepMetrics]) -> list[str]:
         return float(sum(getattr(metrics, field) for metrics in all_))
 
     queue, prefill, *rest = (_ms(total(part)) for part in _PARTS)
-    new, cached = total("prefill_new_tokens"), total("prefill_cached_tokens")
     return [
         queue,
         prefill,
-        f"{new:.0f} / {cached:.0f}",
+        f"{total('prefill_new_tokens'):.0f}",
+        f"{total('prefill_cached_tokens'):.0f}",
         "",
         *rest,
         _ms(total("total_s")),
         f"{total('new_tokens'):.0f}",
-        "",
     ]
 
 
