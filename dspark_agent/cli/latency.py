@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dspark_agent.step import StepResult
 
 _HEADINGS = (
-    "que-\nue",
+    "queue",
     "pre-\nfill",
     "new",
     "cach-\ned",
@@ -39,7 +39,7 @@ def latency_table(steps: Sequence[StepResult[Any]], labels: Sequence[str] = ()) 
         title="where the time went (ms)",
         title_justify="left",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
         pad_edge=False,
         show_edge=False,
     )
