@@ -33,6 +33,16 @@ _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 # Structure that templates look for in what an assistant said before.
 _REASONING_MARKS = ("<think>", "</think>")
 
+# What running a template on unfitting messages can raise: it is a program from a model's author.
+_TEMPLATE_FAILURES = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
 VARIABLES: Mapping[str, Any] = {"enable_thinking": False}
 """What every template sees. Reasoning is off: a step's grammar starts with the answer, and a step
 is meant to be short."""
@@ -114,7 +124,7 @@ class ChatTemplate:
                 add_generation_prompt=prompt,
                 **self._globals,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+        except _TEMPLATE_FAILURES as error:
             raise RequestError(
                 f"the model's chat template refuses these messages: {error}"
             ) from error
