@@ -56,7 +56,10 @@ class RunningStep:
         self._prefilling = True
         self._stops = StopStrings(request.stop)
         self._sampler = Sampler(request.sampling, [*session.log, *request.tokens], vocab_size)
-        self._matcher: Matcher | None = request.grammar.matcher() if request.grammar else None
+        self._matcher: Matcher | None = None
+        if request.grammar is not None:  # verified spans may be written in any tokenisation
+            canonical = request.forced is ForcedMode.CANONICAL
+            self._matcher = request.grammar.matcher(canonical=canonical)
         ends = () if request.ignore_eos else tokenizer.eos_token_ids
         grammatical = () if request.grammar is None else (request.grammar.end_of_turn_id,)
         self._ends = frozenset((*ends, *grammatical, *request.stop_token_ids))
