@@ -1,0 +1,62 @@
+"""Calibrated survival: a temperature a position, beside the weights (DSPARK.md, 3 and 4)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dspark_backend.errors import ModelFormatError
+
+FILE = "calibration.json"
+
+
+class Calibration(BaseModel):
+    """``calibration.json``.
+
+    ``temperatures[k]`` divides the confidence logit of slot k + 1; ``by_kind`` holds others for a
+    step kind where they differ. ``ece_before`` and ``ece_after`` are the expected calibration
+    errors of the cumulative survival at each position, over ``samples`` blocks of ``data_set``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temperatures: tuple[float, ...] = Field(min_length=1)
+    by_kind: dict[str, tuple[float, ...]] = {}
+    data_set: str
+    samples: int = Field(ge=0)
+    ece_before: tuple[float, ...] = ()
+    ece_after: tuple[float, ...] = ()
+
+    @classmethod
+    def identity(cls, block_size: int) -> Calibration:
+        """No correction: what holds until held-out data was looked at."""
+        return cls(temperatures=(1.0,) * block_size, data_set="none", samples=0)
+
+    @classmethod
+    def read(cls, folder: Path, block_size: int) -> Calibration:
+        """That of a drafter's folder; :meth:`identity` where it has none.
+
+        Raises ModelFormatError for a damaged file or one for blocks of another size.
+        """
+        path = folder / FILE
+        if not path.exists():
+            return cls.identity(block_size)
+        try:
+            read = cls.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise ModelFormatError(f"{path} is no calibration: {error}") from error
+        for values in (read.temperatures, *read.by_kind.values()):
+            if len(values) != block_size or not all(0 < value < 1e3 for value in values):
+                raise ModelFormatError(
+                    f"{path}: {len(values)} temperatures {values} for a block of {block_size}: "
+                    "they must be positive, one a slot; calibrate the drafter again"
+                )
+        return read
+
+    def write(self, folder: Path) -> None:
+        (folder / FILE).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    def for_kind(self, kind: str | None) -> tuple[float, ...]:
+        """The temperatures of a step kind; the general ones where it has none of its own."""
+        return self.temperatures if kind is None else self.by_kind.get(kind, self.temperatures)

@@ -1,0 +1,122 @@
+"""The whole drafter as a torch module, under the tensor names of published checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dspark_backend.drafter.backbone import DraftLayer, RMSNorm, block_mask
+from dspark_backend.drafter.config import DrafterConfig
+from dspark_backend.drafter.heads import ConfidenceHead, markov_head
+from dspark_backend.target.rope import tables
+
+
+class DraftModel(nn.Module):
+    """What is trained. The target's embedding and LM head are frozen and no part of the state.
+
+    ``embedding`` [V, d] and ``lm_head`` [output_size, d] (the rows of the draft vocabulary) are
+    the target's; ``max_positions`` bounds positions.
+    """
+
+    embedding: Tensor
+    lm_head: Tensor
+    rotation: Tensor
+
+    def __init__(
+        self, config: DrafterConfig, embedding: Tensor, lm_head: Tensor, max_positions: int
+    ) -> None:
+        super().__init__()
+        self.config = config
+        shape = config.shape
+        self.fc = nn.Linear(config.feature_size, shape.hidden_size, bias=False)
+        self.hidden_norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.layers = nn.ModuleList(DraftLayer(shape) for _ in range(shape.num_layers))
+        self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.markov_head = markov_head(config)
+        self.confidence_head = ConfidenceHead(config) if config.confidence else None
+        cos, sin = tables(shape, max_positions)
+        rotation = torch.stack([torch.from_numpy(cos), torch.from_numpy(sin)], dim=1)
+        self.register_buffer("rotation", rotation, persistent=False)
+        self.register_buffer("embedding", embedding, persistent=False)
+        self.register_buffer("lm_head", lm_head, persistent=False)
+
+    def hidden(self, features: Tensor, anchor_tokens: Tensor, anchors: Tensor) -> Tensor:
+        """The parallel stage: normed hidden states of every slot, [B, A, g, d].
+
+        ``features`` [B, T, feature_size] of positions 0 .. T - 1 (past a sequence's end they are
+        never looked at); ``anchor_tokens``, ``anchors`` int64 [B, A]: token and position.
+        """
+        size = self.config.block_size
+        batch, count = anchors.shape
+        context = self.hidden_norm(self.fc(features))
+        inputs = torch.full((batch, count, size), self.config.mask_token_id, device=anchors.device)
+        inputs[:, :, 0] = anchor_tokens
+        x = self.embedding[inputs.flatten(1)].to(context.dtype)
+        positions = (anchors[:, :, None] + torch.arange(size, device=anchors.device)).flatten(1)
+        rotation = self.rotation[: features.shape[1]].expand(batch, -1, -1, -1)
+        block_rotation = self.rotation[positions]
+        mask = block_mask(anchors, features.shape[1], size)
+        for layer in self.layers:
+            x = layer(context, x, rotation, block_rotation, mask)
+        normed: Tensor = self.norm(x)
+        return normed.reshape(batch, count, size, -1)
+
+    def latents(self, hidden: Tensor, previous_tokens: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The sequential stage with known tokens: latents and confidence logits.
+
+        ``hidden`` [..., g, d]; ``previous_tokens`` int64 [..., g] holds x_{k-1} of every slot, the
+        anchor first. Returns ``([..., g, r] or None, [..., g])``; the logits are zeros where there
+        is no confidence head.
+        """
+        head = self.markov_head
+        previous: Tensor | None = None
+        latents: Tensor | None = None
+        if head is not None:
+            previous = head.markov_w1(previous_tokens)
+            state = head.start(hidden[..., 0, :])
+            steps = []
+            for k in range(hidden.shape[-2]):
+                latent, state = head.step(hidden[..., k, :], previous[..., k, :], state)
+                steps.append(latent)
+            latents = torch.stack(steps, dim=-2)
+        if self.confidence_head is None:
+            return latents, hidden.new_zeros(hidden.shape[:-1])
+        seen = previous if self.config.confidence_with_markov else None
+        confidence: Tensor = self.confidence_head(hidden, seen)
+        return latents, confidence
+
+    def logits(self, hidden: Tensor, latents: Tensor | None) -> Tensor:
+        """``lm_head(h) + W2 . latent`` over the draft vocabulary, [..., output_size]."""
+        base = nn.functional.linear(hidden, self.lm_head.to(hidden.dtype))
+        if self.markov_head is None or latents is None:
+            return base
+        biased: Tensor = base + self.markov_head.markov_w2(latents)
+        return biased
+
+    @torch.no_grad()
+    def draft(
+        self, features: Tensor, anchor_tokens: Sequence[int], d2t: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Greedy drafts for sequences whose anchor follows their last feature.
+
+        ``features`` [B, T, feature_size]. Returns target ids int64 [B, g], logits
+        [B, g, output_size] and confidences [B, g].
+        """
+        batch, start = features.shape[:2]
+        device = features.device
+        token = torch.tensor(anchor_tokens, device=device)
+        hidden = self.hidden(features, token[:, None], torch.full((batch, 1), start, device=device))
+        hidden = hidden[:, 0]
+        known = token[:, None]
+        rows: list[Tensor] = []
+        sure = torch.empty(0)
+        for k in range(self.config.block_size):
+            latents, sure = self.latents(hidden[:, : k + 1], known)
+            last = None if latents is None else latents[:, -1]
+            rows.append(self.logits(hidden[:, k], last))
+            chosen = rows[-1].argmax(dim=-1)
+            chosen = chosen if d2t is None else d2t[chosen]
+            known = torch.cat([known, chosen[:, None]], dim=1)
+        return known[:, 1:], torch.stack(rows, dim=1), torch.sigmoid(sure)
