@@ -74,10 +74,11 @@ class Lineup:
             max_context=_rounded(context, subject.files.config.max_position_embeddings),
         )
         with ExitStack() as stack:
-            self.ours = stack.enter_context(Worker("dspark", OURS, spec))
+            # Peers first: what keeps one of them from taking part shows within a second.
             self.peers = {
                 name: stack.enter_context(Worker(name, PEERS[name], spec)) for name in terms.peers
             }
+            self.ours = stack.enter_context(Worker("dspark", OURS, spec))
             warm_up = tuple(subject.tokenizer.encode("Count from one to ten."))
             for worker in self.all:
                 worker.start()
