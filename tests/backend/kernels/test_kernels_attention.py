@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+
 from dspark_backend.kernels.attention.cpu import attend
 from dspark_backend.kernels.attention.reference import attend as attend_reference
-from numpy.typing import NDArray
 
 
 def run(
@@ -32,7 +33,9 @@ def case(
 
 
 @pytest.mark.parametrize("positions", [[0], [63], [64, 65, 66], [300], list(range(40))], ids=len)
-@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(9, 3, 64), (14, 2, 64), (4, 4, 20)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width"), [(9, 3, 64), (14, 2, 64), (6, 2, 128), (4, 4, 20)]
+)
 def test_matches_float64(heads: int, kv_heads: int, width: int, positions: list[int]) -> None:
     inputs = case(heads, kv_heads, width, positions)
     expected = attend_reference(*inputs).float()

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from dspark_backend.kernels.exponential import exp
 from dspark_backend.kernels.norm import reference as norm_reference
 from dspark_backend.kernels.norm.cpu import add_rms_norm, rms_norm

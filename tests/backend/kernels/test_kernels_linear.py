@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+
 from dspark_backend.kernels import jit
 from dspark_backend.kernels.linear import cpu, vnni
 from dspark_backend.kernels.linear.reference import linear_int8, quantise_rows, quantise_weight
-from numpy.typing import NDArray
 
 SHAPES = [(1, 64, 32), (2, 1, 1), (3, 100, 70), (6, 128, 33), (7, 65, 31), (13, 192, 96)]
 
@@ -28,9 +29,7 @@ class Layer:
         out = np.full((x.shape[0], self.weight.shape[0]), np.nan, np.float32)
         bias = np.zeros(0, np.float32) if self.bias is None else self.bias.numpy()
         sums = self._padded.sum(axis=1, dtype=np.int32)
-        cpu.linear_int8(
-            x.numpy(), self._padded, self.scale.numpy(), sums, bias, self.planes, out
-        )
+        cpu.linear_int8(x.numpy(), self._padded, self.scale.numpy(), sums, bias, self.planes, out)
         return out
 
     def reference(self, x: torch.Tensor) -> torch.Tensor:
