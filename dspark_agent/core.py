@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic
@@ -21,7 +21,7 @@ from dspark_agent.messages import SystemPromptPart, UserPromptPart
 from dspark_agent.models.base import Model, ModelSession
 from dspark_agent.relay import EventHandler
 from dspark_agent.settings import ModelSettings
-from dspark_agent.step import StepPlan, StepResult
+from dspark_agent.step import UNSET, StepPlan, StepResult
 from dspark_agent.turn import TurnTaker, call_with_ctx
 
 
@@ -58,16 +58,17 @@ class Core(Generic[DepsT]):
         self.usage = RunUsage()
         self._budgets: tuple[Budget, ...] = ()
         self._model_session: ModelSession | None = None
+        self._token_log: tuple[int, ...] | None = None
         self._busy = False
 
     # -- open, copy, close ---------------------------------------------------------------------
 
     async def open(self, history: History) -> None:
         """Open the model's side; go on from ``history`` (from its token log where that fits)."""
-        tools = [tool.definition for tool in self.runner.tools.values()]
         resumes = history.resumes(self.model.name, tuple(self.runner.tools))
+        widest = self.plan().turn(self.runner.tools)
         token_log = history.token_log if resumes else None
-        model_session = await self.model.open(tools, token_log=token_log)
+        model_session = await self.model.open(widest, token_log=token_log)
         sent = history.logged_messages if resumes else 0
         self._start(model_session, Conversation(messages=list(history.messages), sent=sent))
 
@@ -93,7 +94,9 @@ class Core(Generic[DepsT]):
             self._budgets = (Budget.begin(self.limits, self.usage),)
 
     async def close(self) -> None:
-        """Free the model's side. Idempotent."""
+        """Free the model's side; the history stays readable. Idempotent."""
+        if self._model_session is not None:
+            self._token_log = self._model_session.token_log
         model_session, self._model_session = self._model_session, None
         if model_session is not None:
             with anyio.CancelScope(shield=True):
@@ -116,11 +119,12 @@ class Core(Generic[DepsT]):
 
     def history(self) -> History:
         """The conversation as a value that serialises."""
+        opened = self._model_session
         return History(
             messages=tuple(self.conversation.messages),
             model_name=self.model.name,
             tool_names=tuple(self.runner.tools),
-            token_log=self.model_session.token_log,
+            token_log=self._token_log if opened is None else opened.token_log,
             logged_messages=self.conversation.sent,
         )
 
@@ -178,6 +182,29 @@ class Core(Generic[DepsT]):
             self._busy = False
 
     # -- turns ---------------------------------------------------------------------------------
+
+    def plan(
+        self,
+        *,
+        output_type: Any = UNSET,
+        tools: Sequence[str] | None = None,
+        tool_choice: str | None = None,
+        settings: ModelSettings | None = None,
+        retries: int | None = None,
+    ) -> StepPlan:
+        """The plan of a step: see :meth:`Declaration.plan`."""
+        return self.declaration.plan(
+            output_type=output_type,
+            tools=tools,
+            tool_choice=tool_choice,
+            settings=(
+                self.model.settings,
+                self.declaration.settings,
+                self.settings,
+                settings,
+            ),
+            retries=retries,
+        )
 
     def context(self, work: Work) -> RunContext[DepsT]:
         """The run as the agent's functions see it now."""

@@ -86,7 +86,7 @@ class Declaration(Generic[DepsT]):
             output=self.output if own_output else Output(output_type),
             tools=names,
             tool_choice=tool_choice or ("auto" if names else "none"),
-            settings=merge_settings(self.settings, *settings),
+            settings=merge_settings(*settings),
             retries=self.output_retries if retries is None else retries,
             validators=tuple(self.validators) if own_output else (),
         )

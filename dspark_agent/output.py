@@ -39,6 +39,7 @@ class JsonSchema:
         except jsonschema.SchemaError as error:
             path = "/".join(str(step) for step in error.absolute_path) or "its root"
             raise SchemaError(f"JsonSchema: {error.message} (at {path})") from error
+        _check_references(self.schema, self.schema)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,8 @@ class Output(Generic[T]):
             if self.allow_text:
                 return text  # type: ignore[return-value]
             raise ModelRetry(f"The answer is not valid JSON: {error}") from None
+        if self.allow_text and not isinstance(data, dict):
+            return text  # type: ignore[return-value]
         return self._validate_json(data)
 
     def _validate_json(self, data: Any) -> T:
@@ -162,15 +165,46 @@ def _describes_object(schema: Mapping[str, Any]) -> bool:
     return schema.get("type") == "object"
 
 
-def _wrap(schema: dict[str, Any]) -> dict[str, Any]:
-    inner = {key: value for key, value in schema.items() if key not in ("$defs", "$schema")}
-    wrapped: dict[str, Any] = {
+def _wrap(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         "type": "object",
-        "properties": {WRAPPED_KEY: inner},
+        "properties": {WRAPPED_KEY: _moved(schema, f"#/properties/{WRAPPED_KEY}")},
         "required": [WRAPPED_KEY],
         "additionalProperties": False,
     }
-    return wrapped | {key: schema[key] for key in ("$defs", "$schema") if key in schema}
+
+
+def _moved(schema: Any, pointer: str) -> Any:
+    """``schema`` with its references (JSON pointers) leading below ``pointer``."""
+    if isinstance(schema, list):
+        return [_moved(item, pointer) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    moved = {key: _moved(value, pointer) for key, value in schema.items()}
+    if isinstance(schema.get("$ref"), str):
+        moved["$ref"] = pointer + schema["$ref"].removeprefix("#")
+    return moved
+
+
+def _check_references(schema: Any, root: Mapping[str, Any]) -> None:
+    """Raise :class:`SchemaError` for a reference that does not lead to a place in ``root``."""
+    if isinstance(schema, list):
+        for item in schema:
+            _check_references(item, root)
+    if not isinstance(schema, Mapping):
+        return
+    reference = schema.get("$ref")
+    if isinstance(reference, str):
+        node: Any = root
+        for step in reference.split("/")[1:]:
+            node = node.get(step) if isinstance(node, Mapping) else None
+        if not reference.startswith("#") or node is None:
+            raise SchemaError(
+                f"JsonSchema: $ref {reference!r} leads to no place in the schema; write it as "
+                "'#/$defs/...'"
+            )
+    for value in schema.values():
+        _check_references(value, root)
 
 
 def _check_bare(bare: JsonSchema, data: Any) -> None:

@@ -119,11 +119,11 @@ class AgentRun(Generic[DepsT, OutT_co]):
             raise UserError("the run is done; read its result")
         core = self._core
         own = self._output_type is UNSET
-        plan = core.declaration.plan(
+        plan = core.plan(
             output_type=self._output_type,
             tools=tuple(core.runner.tools) if tools is None and not own else tools,
             tool_choice=tool_choice,
-            settings=(core.model.settings, core.settings, settings),
+            settings=settings,
         )
         with core.work(limits, self._work) as work:
             async with core.whole_or_not_at_all():

@@ -137,11 +137,11 @@ class Session(Generic[DepsT, OutT]):
             UsageLimitExceeded, DeadlineExceeded, RunCancelled, ModelError: as their names say.
         """
         core = self._core
-        plan = core.declaration.plan(
+        plan = core.plan(
             output_type=output_type,
             tools=tools,
             tool_choice=tool_choice,
-            settings=(core.model.settings, core.settings, settings),
+            settings=settings,
             retries=retries,
         )
         with core.work(limits) as work:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import Any, Final, Generic
@@ -12,8 +12,10 @@ from typing_extensions import TypeVar
 from dspark_agent.errors import UserError
 from dspark_agent.messages import ModelResponse, RetryPromptPart, ToolCallPart, ToolReturnPart
 from dspark_agent.metrics import StepMetrics
+from dspark_agent.models.base import ModelTurn
 from dspark_agent.output import Output
 from dspark_agent.settings import ModelSettings
+from dspark_agent.tools import Tool
 
 OutT_co = TypeVar("OutT_co", default=str, covariant=True)
 
@@ -61,6 +63,16 @@ class StepPlan:
     def needs_call(self) -> bool:
         """Whether the step must call a tool."""
         return self.tool_choice not in ("auto", "none")
+
+    def turn(self, tools: Mapping[str, Tool[Any]]) -> ModelTurn:
+        """What the model is told that it may emit; ``tools`` are the agent's."""
+        return ModelTurn(
+            tools=tuple(tools[name].definition for name in self.tools),
+            tool_choice=self.tool_choice if self.tools else "none",
+            output_schema=None if self.needs_call else self.output.schema,
+            allow_text=self.output.allow_text and not self.needs_call,
+            settings=self.settings,
+        )
 
     @property
     def kind(self) -> StepKind:

@@ -96,16 +96,12 @@ class TurnTaker(Generic[DepsT]):
         names = tuple(name for name in plan.tools if name not in barred)
         if plan.needs_call and not names:
             names = plan.tools  # the step's only way on stays open
-        choice = plan.tool_choice if names else "none"
         limit = budget.output_tokens_left(budgets, self.usage)
         capped = ModelSettings()
         if limit is not None:
             capped["max_tokens"] = min(limit, plan.settings.get("max_tokens", limit))
-        return ModelTurn(
-            tools=tuple(self.runner.tools[name].definition for name in names),
-            tool_choice=choice,
-            output_schema=None if plan.needs_call else plan.output.schema,
-            allow_text=plan.output.allow_text and not plan.needs_call,
+        return replace(
+            replace(plan, tools=names).turn(self.runner.tools),
             settings=merge_settings(plan.settings, capped),
         )
 

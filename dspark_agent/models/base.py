@@ -130,15 +130,16 @@ class Model(ABC):
 
     @abstractmethod
     async def open(
-        self, tools: Sequence[ToolDefinition], *, token_log: Sequence[int] | None = None
+        self, widest: ModelTurn, *, token_log: Sequence[int] | None = None
     ) -> ModelSession:
-        """Start a conversation in which these tools exist.
+        """Start a conversation of an agent.
 
-        ``token_log`` resumes one of this model's own: its messages count as already said.
+        ``widest`` is the turn of a step that nothing narrows: its tools are those of the whole
+        conversation. ``token_log`` resumes one of this model's own: its messages count as said.
 
         Raises:
             ModelNotFoundError: the model cannot be had.
-            SchemaError: this model cannot honour one of the tools' schemas.
+            SchemaError: this model cannot honour one of the schemas.
         """
 
     async def close(self) -> None:  # noqa: B027 - nothing to free is a fine default
@@ -154,8 +155,7 @@ class Model(ABC):
 class TranscriptSession(ModelSession):
     """A conversation with a model that is sent all messages each time; the base of such models."""
 
-    def __init__(self, tools: Sequence[ToolDefinition]) -> None:
-        self.tools = tuple(tools)
+    def __init__(self) -> None:
         self._messages: list[ModelRequest | ModelResponse] = []
 
     @abstractmethod

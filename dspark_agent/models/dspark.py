@@ -129,14 +129,14 @@ class DSparkModel(Model):
             return self._engine
 
     async def open(
-        self, tools: Sequence[ToolDefinition], *, token_log: Sequence[int] | None = None
+        self, widest: ModelTurn, *, token_log: Sequence[int] | None = None
     ) -> ModelSession:
         engine = await self.load()
-        if tools:
-            spec = TurnSpec(tools=function_tools(tools))
-            with _translated():  # finds a schema that cannot be honoured before the first turn
-                await anyio.to_thread.run_sync(engine.compile, spec)
-        return _DSparkSession(engine, self._name, tools, engine.open_session(), token_log or ())
+        with _translated():
+            # Finds a schema that cannot be honoured before the first turn, and keeps the grammar.
+            await anyio.to_thread.run_sync(lambda: engine.compile(_turn_spec(widest)))
+            session = engine.open_session()
+        return _DSparkSession(engine, self._name, widest.tools, session, token_log or ())
 
     async def close(self) -> None:
         """End the engine's thread and free its memory, unless the engine came from outside."""

@@ -22,7 +22,6 @@ from dspark_agent.models.completion import Completion
 from dspark_agent.models.outline import outline
 from dspark_agent.models.sse import event_data
 from dspark_agent.settings import ModelSettings
-from dspark_agent.tools import ToolDefinition
 
 _SAME_NAME = ("max_tokens", "temperature", "top_p", "seed", "presence_penalty",
               "frequency_penalty")  # fmt: skip
@@ -72,9 +71,9 @@ class OpenAIModel(Model):
         return self._name
 
     async def open(
-        self, tools: Sequence[ToolDefinition], *, token_log: Sequence[int] | None = None
+        self, widest: ModelTurn, *, token_log: Sequence[int] | None = None
     ) -> ModelSession:
-        return _OpenAISession(self, tools)
+        return _OpenAISession(self)
 
     @cached_property
     def _tls(self) -> ssl.SSLContext:
@@ -126,13 +125,13 @@ class OpenAIModel(Model):
 
 
 class _OpenAISession(TranscriptSession):
-    def __init__(self, model: OpenAIModel, tools: Sequence[ToolDefinition]) -> None:
-        super().__init__(tools)
+    def __init__(self, model: OpenAIModel) -> None:
+        super().__init__()
         self._model = model
         self._client = model.client()
 
     def _empty_copy(self) -> TranscriptSession:
-        return _OpenAISession(self._model, self.tools)
+        return _OpenAISession(self._model)
 
     async def close(self) -> None:
         if self._model.owns_clients:

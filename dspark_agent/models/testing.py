@@ -38,7 +38,6 @@ from dspark_agent.models.base import (
     TranscriptSession,
 )
 from dspark_agent.models.sample import sample
-from dspark_agent.tools import ToolDefinition
 
 Messages = list[ModelRequest | ModelResponse]
 Answer = ModelResponse | str | ToolCallPart | Sequence[ResponsePart]
@@ -60,9 +59,9 @@ class FunctionModel(Model):
         return self._name
 
     async def open(
-        self, tools: Sequence[ToolDefinition], *, token_log: Sequence[int] | None = None
+        self, widest: ModelTurn, *, token_log: Sequence[int] | None = None
     ) -> ModelSession:
-        return _FunctionSession(self, tools)
+        return _FunctionSession(self)
 
 
 class TestModel(FunctionModel):
@@ -128,12 +127,12 @@ class TestModel(FunctionModel):
 
 
 class _FunctionSession(TranscriptSession):
-    def __init__(self, model: FunctionModel, tools: Sequence[ToolDefinition]) -> None:
-        super().__init__(tools)
+    def __init__(self, model: FunctionModel) -> None:
+        super().__init__()
         self.model = model
 
     def _empty_copy(self) -> TranscriptSession:
-        return _FunctionSession(self.model, self.tools)
+        return _FunctionSession(self.model)
 
     async def respond(
         self, messages: Sequence[ModelRequest | ModelResponse], turn: ModelTurn, emit: Emit
