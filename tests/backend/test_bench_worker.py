@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from dspark_backend.bench.worker import Worker
 
 FAKES = """
 import os
+import time
 from dspark_backend.bench.contender import Loaded, Sample
 from dspark_backend.errors import ModelFormatError
 from dspark_backend.metrics import EngineMetrics
@@ -34,6 +36,8 @@ class Echo:
             raise ZeroDivisionError("a bug")
         if turn.seed == 3:
             os._exit(9)
+        if turn.seed == 4:
+            time.sleep(3600)
         self.log += turn.tokens
         return Sample(tuple(self.log), "text", 0.25, 1.0, EngineMetrics(cycles=1))
 
@@ -98,3 +102,10 @@ def test_a_process_that_dies_is_an_error(worker: Worker) -> None:
 def test_a_contender_that_cannot_load_says_why(fakes: None) -> None:
     with pytest.raises(BenchError, match=r"gone: the weights are not there$"):
         Worker("gone", "bench_fakes:missing", SPEC)
+
+
+def test_nobody_waits_for_a_turn_after_an_interrupt(fakes: None) -> None:
+    with pytest.raises(KeyboardInterrupt), Worker("slow", "bench_fakes:Echo", SPEC) as worker:
+        worker._conn.send(("turn", (Turn((1,), 4, seed=4),)))
+        raise KeyboardInterrupt
+    assert worker._process.exitcode == -signal.SIGKILL

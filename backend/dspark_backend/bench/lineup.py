@@ -105,7 +105,7 @@ class Lineup:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stack.close()
+        self._stack.__exit__(kind, error, trace)
 
 
 def _rounded(context: int, most: int) -> int:

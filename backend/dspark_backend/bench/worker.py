@@ -60,9 +60,12 @@ class Worker:
         return peak
 
     def close(self) -> None:
-        """Ends the process; safe to call twice."""
+        """Ends the process, once its turn is over; safe to call twice."""
+        self._end(_EXIT_S)
+
+    def _end(self, wait_s: float) -> None:
         self._conn.close()
-        self._process.join(_EXIT_S)
+        self._process.join(wait_s)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
@@ -76,7 +79,8 @@ class Worker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        # After an error, or Ctrl-C, nobody waits for the turn that may still be running.
+        self._end(_EXIT_S if error is None else 0.0)
 
     def _call(self, method: str, *arguments: object) -> Any:
         try:
