@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from dspark_backend.errors import CapacityError
 from dspark_backend.kv.contiguous import KVBudget, KVShape, SequenceKV
 from dspark_backend.kv.prefix import PrefixCache, common_prefix
-from hypothesis import given
-from hypothesis import strategies as st
 
 SHAPE = KVShape(layers=2, kv_heads=1, head_dim=4)
 GRAIN_BYTES = SequenceKV.GRAIN * SHAPE.bytes_per_token

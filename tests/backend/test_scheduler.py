@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dspark_backend.scheduler import Limits, plan
 from hypothesis import given
 from hypothesis import strategies as st
+
+from dspark_backend.scheduler import Limits, plan
 
 LIMITS = Limits(decode_rows=4, prefill_rows=16, mixed_rows=6)
 pending = st.lists(st.integers(1, 40), max_size=12)

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from dspark_backend.kernels.attention.cpu import attend
 from dspark_backend.kernels.attention.reference import attend as attend_reference
 
+HEADS = [(9, 3, 64), (14, 2, 64), (6, 2, 128), (4, 4, 20)]
+
 
 def run(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
