@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dspark_backend.errors import BackendError, GrammarError, ModelFormatError, RequestError
 from dspark_backend.grammar.callformat import HERMES, LLAMA3, CallFormat
 from dspark_backend.grammar.compile import Grammar, GrammarCompiler
-from dspark_backend.grammar.generic import with_tools_in_words
+from dspark_backend.grammar.generic import with_tools_in_words, without_system
 from dspark_backend.grammar.messages import ChatMessage, template_messages
 from dspark_backend.grammar.parser import TurnParser
 from dspark_backend.grammar.spec import ParsedTurn, ToolSchema, TurnSpec, openai_tools
@@ -104,7 +104,7 @@ class Dialect:
 
     def _prepare(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
-    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    ) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
         """Messages and tools as the template is to see them."""
         return messages, tools
 
@@ -144,11 +144,13 @@ class GenericDialect(Dialect):
 
     def __init__(self, tokenizer: Tokenizer, *, vocab_size: int = 0) -> None:
         super().__init__("generic", tokenizer, HERMES, vocab_size=vocab_size)
+        self._takes_system = self._template is None or _takes_system(self._template)
 
     def _prepare(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
-    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        return with_tools_in_words(messages, tools), []
+    ) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
+        worded = with_tools_in_words(messages, tools)
+        return (worded if self._takes_system else without_system(worded)), ()
 
 
 def dialect_for(tokenizer: Tokenizer, config: TargetConfig) -> Dialect:
@@ -177,3 +179,13 @@ def _writes(template: ChatTemplate, form: CallFormat) -> bool:
     except BackendError:
         return False
     return form.call("probe", '{"place": "here"}') in rendered
+
+
+def _takes_system(template: ChatTemplate) -> bool:
+    try:
+        text = template.text(
+            [{"role": "system", "content": "probe"}, {"role": "user", "content": "."}]
+        )
+    except BackendError:
+        return False
+    return "probe" in text

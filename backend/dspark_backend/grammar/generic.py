@@ -1,7 +1,8 @@
 """Tools for models whose chat template has no place for them: described and written in words.
 
 The tools go into the system message, calls are written in the Hermes form (``<tool_call>`` as
-plain text), and tool results come back in a user message between ``<tool_response>`` marks.
+plain text), and tool results come back in a user message between ``<tool_response>`` marks. Where
+a template has no place for a system message either, its text leads the first user message.
 """
 
 from __future__ import annotations
@@ -47,6 +48,17 @@ def with_tools_in_words(
         else:
             result.insert(0, {"role": "system", "content": introduction})
     return result
+
+
+def without_system(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """``messages`` (in words) for a template that refuses a system message at the start."""
+    if not messages or messages[0]["role"] != "system":
+        return list(messages)
+    told, *rest = messages
+    if rest and rest[0]["role"] == "user":
+        content = f"{told['content']}\n\n{rest[0]['content']}"
+        return [{"role": "user", "content": content}, *rest[1:]]
+    return [{"role": "user", "content": told["content"]}, *rest]
 
 
 def _in_words(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -342,3 +342,21 @@ def test_marks_for_training_are_transparent(dialect_with: MakeDialect) -> None:
     assert dialect.tokenizer.decode(dialect.render_start([SYSTEM, ASK])) == (
         f"{SYSTEM['content']}<|im_end|>{ASK['content']}<|im_end|>"
     )
+
+
+def test_a_template_without_system_messages_gets_their_text_in_the_first_question(
+    dialect_with: MakeDialect,
+) -> None:
+    dialect = dialect_with(
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}"
+        "{{ '[' + m.content + ']<|im_end|>' }}{% endfor %}"
+    )
+    decode = dialect.tokenizer.decode
+    question = ASK["content"]
+    assert decode(dialect.render_start([SYSTEM, ASK])) == f"[You fix bugs.\n\n{question}]<|im_end|>"
+    assert decode(dialect.render_start([SYSTEM])) == "[You fix bugs.]<|im_end|>"
+    assert decode(dialect.render_start([ASK, ANSWER, ASK], TOOLS)).startswith("[# Tools\n")
+    assert decode(dialect.render_next([result("1")])) == (
+        "[<tool_response>\n1\n</tool_response>]<|im_end|>"
+    )
