@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import textwrap
 import signal
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,7 +105,7 @@ def test_a_contender_that_cannot_load_says_why(fakes: None) -> None:
 
 
 def test_nobody_waits_for_a_turn_after_an_interrupt(fakes: None) -> None:
-    with pytest.raises(KeyboardInterrupt), Worker("slow", "bench_fakes:Echo", SPEC) as worker:
-        worker._conn.send(("turn", (Turn((1,), 4, seed=4),)))
-        raise KeyboardInterrupt
+    worker = Worker("slow", "bench_fakes:Echo", SPEC).__enter__()
+    worker._conn.send(("turn", (Turn((1,), 4, seed=4),)))
+    worker.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert worker._process.exitcode == -signal.SIGKILL
