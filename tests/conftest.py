@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
 from dspark_backend.catalog import ModelFiles, resolve
 from dspark_backend.checkpoint.config import TargetConfig
 from dspark_backend.checkpoint.layout import tensor_shapes
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 TinyCheckpoint = Callable[..., Path]
 

@@ -11,8 +11,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from dspark_backend.checkpoint.safetensors import TensorStore
 from gguf import GGMLQuantizationType, GGUFWriter
+
+from dspark_backend.checkpoint.safetensors import TensorStore
 
 _GGUF_LAYER_NAMES = {
     "input_layernorm": "attn_norm",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+
 from dspark_backend.catalog import HubSource, KnownModel, Progress, pull, remove, resolve
 from dspark_backend.catalog.fetch import fetch
 from dspark_backend.errors import DownloadError, ModelNotFoundError
@@ -67,7 +68,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
             if self.command == "GET":
                 self.wfile.write(body[first:])
 
-        do_HEAD = do_GET
+        do_HEAD = do_GET  # noqa: N815, the name that the base class calls
 
         def log_message(self, *args: object) -> None:
             """The test's output stays clean."""
@@ -158,7 +159,7 @@ def test_offline_mode_asks_nobody(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DownloadError, match="HF_HUB_OFFLINE"):
         fetch(model)
-    with pytest.raises(DownloadError, match="owner/model from the hub: .*HF_HUB_OFFLINE"):
+    with pytest.raises(DownloadError, match=r"owner/model from the hub: .*HF_HUB_OFFLINE"):
         resolve("owner/model")
     assert not hub.requests
 

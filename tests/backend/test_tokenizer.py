@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from dspark_backend.catalog import ModelFiles, resolve
 from dspark_backend.errors import ModelFormatError
 from dspark_backend.tokenizer import Tokenizer
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SAMPLES = [
     "Hello world! 12345 it's I'LL",
@@ -72,7 +74,7 @@ def test_streamed_text_is_the_decoded_text(
     """Any tokens, in any portions: invalid UTF-8 and ids past the table included."""
     stream, text = tokenizer.stream(), ""
     bounds = [0, *sorted(cut for cut in cuts if cut < len(ids)), len(ids)]
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         text += stream.feed(ids[start:end])
     assert text + stream.flush() == tokenizer.decode(ids)
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
 from dspark_backend.checkpoint.config import TargetConfig
 from dspark_backend.checkpoint.layout import check_tensors, tensor_shapes
 from dspark_backend.errors import ModelFormatError
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 _LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -105,9 +106,7 @@ def test_qwen3_has_its_own_head_size_and_qwen2_always_has_biases() -> None:
         ({"bos_token_id": -1}, "bos_token_id"),
     ],
 )
-def test_what_the_decoder_cannot_run_is_refused_by_name(
-    fields: dict[str, Any], named: str
-) -> None:
+def test_what_the_decoder_cannot_run_is_refused_by_name(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(ModelFormatError, match=named):
         TargetConfig.from_dict(_LLAMA | fields)
 

@@ -12,15 +12,16 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from dspark_backend.checkpoint.config import TargetConfig
 from dspark_backend.checkpoint.convert import convert_gguf
 from dspark_backend.checkpoint.gguf import GGUFFile
 from dspark_backend.checkpoint.safetensors import TensorStore
 from dspark_backend.errors import ModelFormatError
 from dspark_backend.tokenizer import Tokenizer
-from gguf import GGMLQuantizationType, GGUFWriter
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 MakeFile = Callable[..., Path]
 
@@ -95,9 +96,7 @@ def test_conversion_in_many_chunks_is_the_same(
         folder.mkdir()
         monkeypatch.setattr("dspark_backend.checkpoint.convert._CHUNK_ELEMENTS", elements)
         convert_gguf(source, folder)
-    assert (whole / "model.safetensors").read_bytes() == (
-        pieces / "model.safetensors"
-    ).read_bytes()
+    assert (whole / "model.safetensors").read_bytes() == (pieces / "model.safetensors").read_bytes()
 
 
 def test_progress_counts_up_to_the_written_bytes(tiny_gguf: MakeFile, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from dspark_backend.catalog import ModelFiles
 
 

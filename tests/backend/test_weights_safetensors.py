@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
 from dspark_backend.checkpoint.safetensors import (
     SafetensorsWriter,
     TensorStore,
@@ -16,9 +20,6 @@ from dspark_backend.checkpoint.safetensors import (
     read_header,
 )
 from dspark_backend.errors import ModelFormatError
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
 _DTYPES = [
     torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8, torch.uint8,
@@ -132,9 +133,7 @@ def test_writer_refuses_to_end_early(tmp_path: Path) -> None:
         ({"t": _entry("F32", [1], 0, 4), "u": _entry("F32", [1], 0, 4)}, bytes(4), "overlap"),
     ],
 )  # fmt: skip
-def test_hostile_headers_are_refused(
-    tmp_path: Path, header: Any, data: bytes, named: str
-) -> None:
+def test_hostile_headers_are_refused(tmp_path: Path, header: Any, data: bytes, named: str) -> None:
     with pytest.raises(ModelFormatError, match=named):
         TensorStore([_file(tmp_path, header, data)])
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from dspark_backend.catalog import resolve
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dspark_backend.catalog import resolve
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])

@@ -86,7 +86,7 @@ def remove(name: str) -> int:
                 freed += delete(entry.folder)
         if name in KNOWN_MODELS:
             return freed + delete(source_folder(name))
-    if Path(name).expanduser().exists():
+    if _local(name) is not None:
         return freed
     repository = _repository(name)
     if repository is not None:
@@ -98,8 +98,8 @@ def remove(name: str) -> int:
 
 def _locate(name: str, progress: ProgressSink | None) -> Path:
     """The folder or GGUF file behind a path or a hub id."""
-    path = Path(name).expanduser()
-    if path.is_dir() or path.is_file():
+    path = _local(name)
+    if path is not None:
         return path
     repository = _repository(name)
     if repository is None:
@@ -142,8 +142,14 @@ def _open(name: str, path: Path, progress: ProgressSink | None) -> ModelFiles:
         return open_checkpoint(name, path)
     if path.suffix != ".gguf":
         raise ModelFormatError(f"{path} is neither a checkpoint folder nor a .gguf file")
-    own_name = _absolute(name) if Path(name).expanduser().exists() else name
+    own_name = name if _local(name) is None else _absolute(name)
     return converted(own_name, path, file_identity(path), progress)
+
+
+def _local(name: str) -> Path | None:
+    """The existing file or folder that a name is the path of, if it is one."""
+    path = Path(name).expanduser()
+    return path if name and path.exists() else None
 
 
 def _absolute(name: str) -> str:

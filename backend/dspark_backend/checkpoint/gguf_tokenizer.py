@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 from dspark_backend.checkpoint.gguf import GGUFFile
 from dspark_backend.errors import ModelFormatError
 
-
 _T = TypeVar("_T")
 
 
@@ -85,7 +84,7 @@ def tokenizer_files(file: GGUFFile, context_length: int) -> dict[str, dict[str, 
 def _vocabulary(file: GGUFFile) -> tuple[list[str], list[int]]:
     """Tokens and their types, without the unused ones that pad the table's end."""
     tokens = _list_of(file, "tokenizer.ggml.tokens", str)
-    types = [TokenType.NORMAL] * len(tokens)
+    types = [int(TokenType.NORMAL)] * len(tokens)
     if "tokenizer.ggml.token_type" in file.metadata:
         types = _list_of(file, "tokenizer.ggml.token_type", int)
     if len(types) != len(tokens):
@@ -209,9 +208,7 @@ def _added_tokens(tokens: list[str], types: list[int]) -> list[dict[str, Any]]:
     ]
 
 
-def _tokenizer_config(
-    file: GGUFFile, tokens: list[str], context_length: int
-) -> dict[str, Any]:
+def _tokenizer_config(file: GGUFFile, tokens: list[str], context_length: int) -> dict[str, Any]:
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
