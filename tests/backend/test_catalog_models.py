@@ -223,12 +223,28 @@ def test_list_and_remove(empty_home: Path, tiny_gguf: MakeFile) -> None:
     files = resolve(str(source))
     mine = list_models()[-1]
     assert (mine.name, mine.known, mine.present) == (str(source), None, True)
-    size = sum(path.stat().st_size for path in files.folder.iterdir())
+    derived = empty_home / "int8" / files.source_sha
+    derived.mkdir(parents=True)
+    (derived / "weights").write_bytes(bytes(1000))
+    mine = list_models()[-1]
+    size = 1000 + sum(path.stat().st_size for path in files.folder.iterdir())
     assert mine.size_bytes == size
     assert remove(str(source)) == size
     assert source.exists()
+    assert not derived.exists()
     assert remove(str(source)) == 0
     assert len(list_models()) == len(KNOWN_MODELS)
+
+
+def test_what_was_derived_from_a_local_folder_is_removed_but_not_the_folder(
+    empty_home: Path, tiny_checkpoint: MakeFile
+) -> None:
+    folder = tiny_checkpoint("llama")
+    derived = empty_home / "int8" / resolve(str(folder)).source_sha
+    derived.mkdir(parents=True)
+    (derived / "weights").write_bytes(bytes(1000))
+    assert remove(str(folder)) == 1000
+    assert (folder / "model.safetensors").is_file()
 
 
 def test_a_removed_known_model_frees_source_and_conversion(

@@ -21,10 +21,10 @@ _ORIGIN = "origin.json"
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """One entry of the cache: the model's name and where its source was."""
+    """One entry of the cache: the model's name, and the identity of what it was made from."""
 
     name: str
-    source: Path
+    source_sha: str
     folder: Path
 
 
@@ -40,7 +40,7 @@ def converted(
     if not (folder / _ORIGIN).is_file():
         with locked(folder.name):
             if not (folder / _ORIGIN).is_file():
-                _convert(name, source, folder, progress)
+                _convert(name, source, source_sha, progress)
     return ModelFiles(
         name=name,
         folder=folder,
@@ -65,14 +65,14 @@ def conversions() -> Iterator[Conversion]:
     for origin in sorted((home() / "converted").glob(f"*/{_ORIGIN}")):
         try:
             document = json.loads(origin.read_text("utf-8"))
-            yield Conversion(document["name"], Path(document["source"]), origin.parent)
+            yield Conversion(document["name"], document["source_sha"], origin.parent)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelFormatError(
                 f"{origin} is damaged ({error!r}); delete the folder it is in"
             ) from error
 
 
-def _convert(name: str, source: Path, folder: Path, progress: ProgressSink | None) -> None:
+def _convert(name: str, source: Path, source_sha: str, progress: ProgressSink | None) -> None:
     # gguf and numpy are needed here only; a load from the cache does without them.
     from dspark_backend.checkpoint.convert import convert_gguf
 
@@ -80,12 +80,13 @@ def _convert(name: str, source: Path, folder: Path, progress: ProgressSink | Non
         if progress is not None:
             progress(Progress(name, Stage.CONVERT, done, total))
 
+    folder = folder_of(source_sha)
     work = folder.with_name(folder.name + ".partial")
     delete(work)
     work.mkdir(parents=True)
     try:
         convert_gguf(source, work, report)
-        origin = {"name": name, "source": str(source)}
+        origin = {"name": name, "source": str(source), "source_sha": source_sha}
         (work / _ORIGIN).write_text(json.dumps(origin), encoding="utf-8")
         delete(folder)  # what an earlier, interrupted `remove` left
         os.replace(work, folder)

@@ -37,6 +37,14 @@ def converted_folder(key: str) -> Path:
     return home() / "converted" / key
 
 
+def derived_folders(source_sha: str) -> list[Path]:
+    """What was made for the engine from the source with that identity, such as quantised weights.
+
+    Each kind has a folder of its own in the cache, with one folder per source in it.
+    """
+    return sorted(home().glob(f"*/{source_sha}"))
+
+
 @contextmanager
 def locked(what: str) -> Iterator[None]:
     """One process (and thread) at a time works on ``what``; others wait for it.

@@ -7,8 +7,20 @@ from pathlib import Path
 
 from dspark_backend.catalog.converted import conversions, converted, is_converted
 from dspark_backend.catalog.fetch import fetch, source_path
-from dspark_backend.catalog.files import ModelFiles, file_identity, open_checkpoint
-from dspark_backend.catalog.home import delete, home, locked, size_of, source_folder
+from dspark_backend.catalog.files import (
+    ModelFiles,
+    file_identity,
+    folder_identity,
+    open_checkpoint,
+)
+from dspark_backend.catalog.home import (
+    delete,
+    derived_folders,
+    home,
+    locked,
+    size_of,
+    source_folder,
+)
 from dspark_backend.catalog.hub import cached_checkpoint, delete_cached, fetch_checkpoint
 from dspark_backend.catalog.known import KNOWN_MODELS, KnownModel
 from dspark_backend.checkpoint.progress import Progress, ProgressSink, Stage
@@ -62,7 +74,8 @@ def list_models() -> list[ModelStatus]:
     sizes = {name: size_of(source_folder(name)) for name in KNOWN_MODELS}
     complete = {name for name, model in KNOWN_MODELS.items() if source_path(model).is_file()}
     for entry in conversions():
-        sizes[entry.name] = sizes.get(entry.name, 0) + size_of(entry.folder)
+        made = [entry.folder, *derived_folders(entry.source_sha)]
+        sizes[entry.name] = sizes.get(entry.name, 0) + sum(size_of(folder) for folder in made)
         complete.add(entry.name)
     return [
         ModelStatus(name, KNOWN_MODELS.get(name), name in complete, size)
@@ -83,17 +96,26 @@ def remove(name: str) -> int:
     with locked(name):
         for entry in conversions():
             if entry.name in (name, _absolute(name)):
-                freed += delete(entry.folder)
+                freed += delete(entry.folder) + _delete_derived(entry.source_sha)
         if name in KNOWN_MODELS:
             return freed + delete(source_folder(name))
-    if _local(name) is not None:
-        return freed
+    path = _local(name)
+    if path is not None:
+        is_checkpoint = (path / "config.json").is_file()
+        return freed + (_delete_derived(folder_identity(path)) if is_checkpoint else 0)
     repository = _repository(name)
     if repository is not None:
+        snapshot = cached_checkpoint(*repository)
+        if snapshot is not None and _is_whole(snapshot, None):
+            freed += _delete_derived(folder_identity(snapshot))
         freed += delete_cached(repository[0])
     if not freed:
         raise _not_found(name)
     return freed
+
+
+def _delete_derived(source_sha: str) -> int:
+    return sum(delete(folder) for folder in derived_folders(source_sha))
 
 
 def _locate(name: str, progress: ProgressSink | None) -> Path:
