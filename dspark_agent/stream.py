@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any, Generic
+from typing import Any, Generic, Self
 
 import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream
@@ -15,9 +15,10 @@ from dspark_agent.events import AgentEvent, PartialOutput, TextDelta
 from dspark_agent.relay import EventHandler
 
 ResultT = TypeVar("ResultT")
+ReadingT = TypeVar("ReadingT")
 
 
-class EventStream(Generic[ResultT]):
+class EventStream(AsyncIterator[AgentEvent], Generic[ResultT]):
     """The events of work that goes on in the background, and then its result.
 
     Iterate it for the events; when they end, :meth:`result` has what the work came to. An error
@@ -29,28 +30,42 @@ class EventStream(Generic[ResultT]):
         self._results: list[ResultT] = []
         self._failure: Exception | None = None
 
-    async def __aiter__(self) -> AsyncIterator[AgentEvent]:
-        async for event in self._events:
-            yield event
-        if self._failure is not None:
-            raise self._failure
+    def __aiter__(self) -> Self:
+        return self
 
-    async def stream_text(self, *, delta: bool = False) -> AsyncIterator[str]:
+    async def __anext__(self) -> AgentEvent:
+        try:
+            return await self._events.__anext__()
+        except StopAsyncIteration:
+            if self._failure is not None:
+                raise self._failure from None
+            raise
+
+    def stream_text(self, *, delta: bool = False) -> AsyncIterator[str]:
         """The text so far each time it grows (starting anew with each step); with ``delta``, only
         what was added."""
         text, step = "", -1
-        async for event in self:
-            if isinstance(event, TextDelta):
-                text = event.delta if event.step != step else text + event.delta
-                step = event.step
-                yield event.delta if delta else text
 
-    async def stream_output(self) -> AsyncIterator[Any]:
+        def read(event: AgentEvent) -> str | None:
+            nonlocal text, step
+            if not isinstance(event, TextDelta):
+                return None
+            text = event.delta if event.step != step else text + event.delta
+            step = event.step
+            return event.delta if delta else text
+
+        return _Readings(self, read)
+
+    def stream_output(self) -> AsyncIterator[Any]:
         """The typed result each time it grows: the output type's reading where there is one yet
         (required fields may be missing), else its JSON."""
-        async for event in self:
-            if isinstance(event, PartialOutput):
-                yield event.data if event.value is None else event.value
+
+        def read(event: AgentEvent) -> Any:
+            if not isinstance(event, PartialOutput):
+                return None
+            return event.data if event.value is None else event.value
+
+        return _Readings(self, read)
 
     async def result(self) -> ResultT:
         """What the work came to; waits for it, passing over events nobody has read."""
@@ -65,6 +80,25 @@ class EventStream(Generic[ResultT]):
             self._results.append(await work(handler))
         except Exception as error:
             self._failure = error
+
+
+class _Readings(AsyncIterator[ReadingT]):
+    """What ``read`` makes of the events, those left out of which it makes None.
+
+    Not an async generator: one that its reader leaves early would have to be closed.
+    """
+
+    def __init__(
+        self, events: AsyncIterator[AgentEvent], read: Callable[[AgentEvent], ReadingT | None]
+    ) -> None:
+        self._events = events
+        self._read = read
+
+    async def __anext__(self) -> ReadingT:
+        while True:
+            reading = self._read(await self._events.__anext__())
+            if reading is not None:
+                return reading
 
 
 @asynccontextmanager

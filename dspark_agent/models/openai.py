@@ -6,7 +6,7 @@ import json
 import ssl
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,7 @@ from dspark_agent.models.base import Emit, Model, ModelSession, ModelTurn, Trans
 from dspark_agent.models.chat import function_tools, server_messages
 from dspark_agent.models.completion import Completion
 from dspark_agent.models.outline import outline
-from dspark_agent.models.sse import event_data
+from dspark_agent.models.sse import EventDecoder
 from dspark_agent.settings import ModelSettings
 
 _SAME_NAME = ("max_tokens", "temperature", "top_p", "seed", "presence_penalty",
@@ -91,8 +91,8 @@ class OpenAIModel(Model):
     @asynccontextmanager
     async def post(
         self, client: httpx.AsyncClient, body: dict[str, Any]
-    ) -> AsyncIterator[httpx.Response]:
-        """The server's streamed answer, once it has begun well.
+    ) -> AsyncIterator[AsyncIterator[str]]:
+        """The lines of the server's streamed answer, once it has begun well.
 
         Raises:
             ContextLengthError: the server says that the conversation is too long.
@@ -115,13 +115,17 @@ class OpenAIModel(Model):
                 raise problem
             await anyio.sleep(0.5 * 2**attempt)
             attempt += 1
+        lines = response.aiter_lines()
         try:
-            yield response
+            yield lines
         except httpx.HTTPError as error:
             raise _unreachable(self.url, error) from error
         finally:
-            with anyio.CancelScope(shield=True):
+            with anyio.CancelScope(shield=True), suppress(httpx.HTTPError, httpx.StreamError):
                 await response.aclose()
+                # Runs httpx's nested generators to their end: trio wants none left behind.
+                async for _ in lines:
+                    pass
 
 
 class _OpenAISession(TranscriptSession):
@@ -144,9 +148,11 @@ class _OpenAISession(TranscriptSession):
         first: float | None = None
         completion = Completion()
         body = _body(self._model, messages, turn)
-        async with self._model.post(self._client, body) as response:
-            async for data in event_data(response.aiter_lines()):
-                for event in completion.feed(data):
+        events = EventDecoder()
+        async with self._model.post(self._client, body) as lines:
+            async for line in lines:
+                data = events.feed(line)
+                for event in completion.feed(data) if data is not None else ():
                     first = first or time.perf_counter()
                     await emit(event)
         for event in completion.end():

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator
-
 DONE = "[DONE]"
 """What servers send as the last event's data."""
 
 
-async def event_data(lines: AsyncIterable[str]) -> AsyncIterator[str]:
-    """The data of each event; comments and other fields are passed over. Ends at ``[DONE]``."""
-    data: list[str] = []
-    async for line in lines:
+class EventDecoder:
+    """Takes a stream's lines in order; gives the data of each event that is complete."""
+
+    def __init__(self) -> None:
+        self._data: list[str] = []
+
+    def feed(self, line: str) -> str | None:
+        """The data of the event that ``line`` (without its line end) completes.
+
+        None where it completes none, and for the last event; comments and other fields are passed
+        over.
+        """
         if line.startswith("data:"):
-            data.append(line.removeprefix("data:").removeprefix(" "))
-        elif not line and data:
-            text, data = "\n".join(data), []
-            if text == DONE:
-                return
-            yield text
-    if data and data != [DONE]:
-        yield "\n".join(data)
+            self._data.append(line.removeprefix("data:").removeprefix(" "))
+        if line or not self._data:
+            return None
+        text, self._data = "\n".join(self._data), []
+        return None if text == DONE else text

@@ -29,7 +29,7 @@ class Found(BaseModel):
 
 
 CALL = ToolCallPart(tool_name="read", args={"path": "a"}, tool_call_id="c1")
-CONVERSATION = [
+CONVERSATION: list[ModelRequest | ModelResponse] = [
     ModelRequest(parts=(SystemPromptPart(content="Be good."), UserPromptPart(content="Hi"))),
     ModelResponse(
         parts=(TextPart(content="Let me see."), CALL),

@@ -28,6 +28,7 @@ from dspark_agent import (
     UsageLimitExceeded,
     UsageLimits,
     UserError,
+    UserPromptPart,
 )
 
 
@@ -166,10 +167,9 @@ def test_a_run_goes_on_from_stored_messages() -> None:
     stored = ModelMessagesTypeAdapter.dump_json(first.all_messages())
     second = agent.run_sync("Two", message_history=ModelMessagesTypeAdapter.validate_json(stored))
     assert second.all_messages()[:2] == first.all_messages()
-    assert [part.content for message in second.new_messages() for part in message.parts] == [
-        "Two",
-        "hi",
-    ]
+    asked, said = second.new_messages()
+    assert asked.parts == (UserPromptPart(content="Two"),)
+    assert said.parts == (TextPart(content="hi"),)
     assert second.usage.requests == 1
 
 
