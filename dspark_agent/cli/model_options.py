@@ -46,7 +46,7 @@ def open_model(
 
     Raises:
         UsageError: options that do not go together.
-        BackendError: the model cannot be found, fetched or read.
+        ModelError: the model cannot be found, fetched or read.
     """
     if name.startswith("openai:"):
         if precision is not None or threads is not None:
@@ -56,10 +56,12 @@ def open_model(
         return infer_model(name, base_url=base_url)
     if base_url is not None:
         raise UsageError("--base-url is for openai: models")
+    import anyio
+
     from dspark_agent import DSparkModel
-    from dspark_backend.engine import Engine
 
     with model_bars() as bars:
-        engine = Engine.load(name, precision=precision, threads=threads, progress=bars)
+        opened = DSparkModel(name, precision=precision, threads=threads, progress=bars)
+        engine = anyio.run(opened.load)
     err().print(f"[note]{engine.name}, {engine.precision}[/]")
-    return DSparkModel(name, engine=engine)
+    return opened

@@ -1,0 +1,80 @@
+"""``dspark-agent bench``: the report goes to the file, the table to the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dspark_agent.cli import main
+
+Checkpoint = Callable[..., Path]
+
+
+def test_decode_writes_json_and_a_table(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, report = tmp_path / "prompts.jsonl", tmp_path / "decode.json"
+    prompts.write_text('{"turns": ["Hello"]}\n{"turns": ["there"]}\n')
+    arguments = ["--model", str(tiny_checkpoint("qwen3")), "--prompts", str(prompts)]
+    arguments += ["--max-new-tokens", "4", "--threads", "1", "--precision", "bf16"]
+    assert main(["bench", "decode", *arguments, "--limit", "1", "--json", str(report)]) == 0
+    document = json.loads(report.read_text())
+    assert document["max_new_tokens"] == 4
+    assert document["threads"] == 1
+    assert len(document["runs"]) == 1
+    shown = capsys.readouterr()
+    assert "tok/s" in shown.out
+    assert "bf16" in shown.out
+    assert "decode.json" in shown.err.replace("\n", "")
+
+
+def test_quality_writes_json_and_a_table(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "quality.json"
+    arguments = ["--model", str(tiny_checkpoint("llama")), "--precision", "bf16", "--tokens", "32"]
+    assert main(["bench", "quality", *arguments, "--threads", "1", "--json", str(report)]) == 0
+    document = json.loads(report.read_text())
+    assert document["tokens"] == 31
+    assert document["relative_change"] == 0.0
+    assert "perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["decode", "--prompts", "no-such-set"], "no-such-set: no such file"),
+        (["decode", "--speculation", "on"], "--speculation off"),
+        (["steps", "--trace", "no-such-trace"], "none ships by that name (coding"),
+        (["quality", "--text", "no-such-text"], "no-such-text"),
+        (["quality", "--precision", "int3"], "int3"),
+    ],
+    ids=["prompts", "speculation", "trace", "text", "precision"],
+)
+def test_a_mistake_is_one_line_and_leaves_no_report(
+    arguments: list[str],
+    complaint: str,
+    tiny_checkpoint: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = str(tiny_checkpoint("llama"))
+    assert main(["bench", *arguments, "--model", model, "--json", "r.json"]) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert complaint in shown
+    assert "Traceback" not in shown
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_a_report_that_cannot_be_written_is_told_before_measuring(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(tiny_checkpoint("llama"))
+    target = str(tmp_path / "no-such-folder" / "r.json")
+    assert main(["bench", "decode", "--model", model, "--json", target]) == 2
+    assert "no-such-folder" in capsys.readouterr().err.replace("\n", "")
