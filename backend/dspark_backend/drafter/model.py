@@ -53,7 +53,7 @@ class DraftModel(nn.Module):
         context = self.hidden_norm(self.fc(features))
         inputs = torch.full((batch, count, size), self.config.mask_token_id, device=anchors.device)
         inputs[:, :, 0] = anchor_tokens
-        x = self.embedding[inputs.flatten(1)].to(context.dtype)
+        x = self.embedding[inputs.flatten(1)].float()
         positions = (anchors[:, :, None] + torch.arange(size, device=anchors.device)).flatten(1)
         rotation = self.rotation[: features.shape[1]].expand(batch, -1, -1, -1)
         block_rotation = self.rotation[positions]
@@ -88,12 +88,13 @@ class DraftModel(nn.Module):
         return latents, confidence
 
     def logits(self, hidden: Tensor, latents: Tensor | None) -> Tensor:
-        """``lm_head(h) + W2 . latent`` over the draft vocabulary, [..., output_size]."""
-        base = nn.functional.linear(hidden, self.lm_head.to(hidden.dtype))
+        """``lm_head(h) + W2 . latent``, float32 [..., output_size], products in lm_head's dtype."""
+        dtype = self.lm_head.dtype
+        base = nn.functional.linear(hidden.to(dtype), self.lm_head).float()
         if self.markov_head is None or latents is None:
             return base
-        biased: Tensor = base + self.markov_head.markov_w2(latents)
-        return biased
+        w2 = self.markov_head.markov_w2.weight
+        return base.add_(nn.functional.linear(latents.to(dtype), w2.to(dtype)))
 
     @torch.no_grad()
     def draft(
