@@ -40,16 +40,15 @@ class StepHandle:
         return events
 
     def result(self, timeout: float | None = None) -> StepOutcome:
-        """Wait for the end of the step.
+        """Wait for the end of the step; whoever waits here is not woken by every token.
 
         Raises what the step died of (a BackendError where the reason is known), TimeoutError when
-        nothing happened for ``timeout`` seconds.
+        the step is not over after ``timeout`` seconds.
         """
+        if not self._running.over.wait(timeout):
+            raise TimeoutError(f"the step is not over after {timeout} s; it goes on")
         while self._last is None:
-            try:
-                self._next(timeout)
-            except queue.Empty:
-                raise TimeoutError(f"the step sent no event for {timeout} s") from None
+            self._next(0.0)
         if isinstance(self._last, Failed):
             raise self._last.error
         return self._last.outcome

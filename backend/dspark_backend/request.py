@@ -51,7 +51,7 @@ class SamplingParams:
 
     ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 and ``min_p`` 0 are off. Penalties
     follow the usual definitions: ``repetition_penalty`` (Keskar et al. 2019) over prompt and
-    output, ``presence_penalty`` and ``frequency_penalty`` (subtracted) over the output of this step.
+    output, ``presence_penalty`` and ``frequency_penalty`` (subtracted) over this step's output.
     """
 
     temperature: float = 0.0
@@ -71,7 +71,7 @@ class StepRequest:
 
     ``tokens`` are appended to the session's log. ``stop`` strings end the step and are not part of
     the text; ``stop_token_ids`` come on top of the model's own end-of-turn tokens (unless
-    ``ignore_eos``). ``logits_tap`` is for tests and benchmarks only.
+    ``ignore_eos``). The end-of-turn token of ``grammar`` ends the step in any case.
     """
 
     tokens: tuple[int, ...]

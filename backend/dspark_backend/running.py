@@ -48,6 +48,8 @@ class RunningStep:
         self.drafts: list[int] = []
         self.finished = False
         self.events: queue.SimpleQueue[StepEvent] = queue.SimpleQueue()
+        self.over = threading.Event()
+        """Set when the last event is in the queue."""
         self._on_event = on_event
         self._callback_error: Exception | None = None
         self._cancelled = threading.Event()
@@ -154,9 +156,9 @@ class RunningStep:
             self._commit(drafts[:accepted], FORCED)
         if not self.finished:
             self._commit([acceptance.next_token], MODEL)
-        if not self.finished and self._matcher is not None:
-            if self.request.forced is ForcedMode.CANONICAL:
-                self._commit_forced(self._matcher)
+        canonical = self.request.forced is ForcedMode.CANONICAL
+        if canonical and self._matcher is not None and not self.finished:
+            self._commit_forced(self._matcher)
 
     def finish(self, reason: FinishReason) -> None:
         """End the step; its session is free for the next one when the event is out."""
@@ -277,9 +279,12 @@ class RunningStep:
 
     def _emit(self, event: StepEvent) -> None:
         self.events.put(event)
-        if self._on_event is not None:
-            try:
+        try:
+            if self._on_event is not None:
                 self._on_event(event)
-            except Exception as error:
-                self._callback_error = error
-                raise
+        except Exception as error:
+            self._callback_error = error
+            raise
+        finally:
+            if isinstance(event, Finished | Failed):
+                self.over.set()
