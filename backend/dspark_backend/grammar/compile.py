@@ -98,17 +98,18 @@ class GrammarCompiler:
         with self._lock:
             self._build_tables()
 
-    def compile_json_schema(self, schema: Mapping[str, Any]) -> Grammar:
-        """A grammar of the JSON values that ``schema`` allows, in one fixed layout.
+    def compile_json_schema(self, schema: Mapping[str, Any], where: str = "$") -> Grammar:
+        """A grammar of the JSON values that ``schema`` (``where`` in errors) allows, in one fixed
+        layout.
 
         Raises:
             GrammarError: names the keyword that cannot be honoured and its path in the schema.
         """
-        rule = json_rule(normalise(schema))
+        rule = json_rule(normalise(schema, where))
         try:
             return self.compile_lark(f"start: {rule}", kind=StepKind.TYPED_RESULT)
         except GrammarError as error:
-            raise self.blame({"$": schema}, error) from error
+            raise self.blame({where: schema}, error) from error
 
     def compile_lark(self, text: str, *, kind: StepKind = StepKind.MIXED) -> Grammar:
         """A grammar from llguidance's dialect of Lark.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dspark_backend.errors import BackendError, GrammarError, ModelFormatError, RequestError
-from dspark_backend.grammar.callformat import HERMES, LLAMA3, CallFormat
+from dspark_backend.grammar.callformat import HERMES, LLAMA3, CallFormat, Unmarked
 from dspark_backend.grammar.compile import Grammar, GrammarCompiler
 from dspark_backend.grammar.generic import with_tools_in_words, without_system
 from dspark_backend.grammar.messages import ChatMessage, template_messages
@@ -75,9 +75,9 @@ class Dialect:
         """
         if not spec.tools and spec.result_schema is None:
             return None
-        text = turn_lark(spec, self.form, self.tokenizer.added_tokens)
+        text = turn_lark(spec, self.form, self._unmarked(spec), self.tokenizer.added_tokens)
         try:
-            grammar = self.compiler.compile_lark(text, kind=spec.kind)
+            return self.compiler.compile_lark(text, kind=spec.kind)
         except GrammarError as error:
             schemas = {
                 f"{f['name']}.parameters": f.get("parameters") or {} for f in spec.callable_tools
@@ -85,12 +85,10 @@ class Dialect:
             if spec.result_schema is not None:
                 schemas["output"] = spec.result_schema
             raise self.compiler.blame(schemas, error) from error
-        self._refuse_ambiguity(spec)
-        return grammar
 
     def parser(self, spec: TurnSpec) -> TurnParser:
         """A streaming parser for one turn under ``spec``."""
-        return TurnParser(spec, self.form)
+        return TurnParser(spec, self.form, self._unmarked(spec))
 
     def parse(self, text: str, spec: TurnSpec) -> ParsedTurn:
         """A whole turn's text (without its end-of-turn token) read back.
@@ -125,18 +123,36 @@ class Dialect:
             "neither the chat template nor generation_config.json names a token that ends a turn"
         )
 
-    def _refuse_ambiguity(self, spec: TurnSpec) -> None:
-        """A bare call and a result both begin with a brace: refuse results that look like calls."""
-        if self.form.open or spec.result_schema is None:
-            return
-        results = self.compiler.compile_json_schema(spec.result_schema)
+    def _unmarked(self, spec: TurnSpec) -> tuple[Unmarked, ...]:
+        """The ways in which a call may be written without markers in such a turn.
+
+        Where calls are demanded, only markers will do. Beside text, the family's habits are calls
+        too, or they would be lost as text. Beside a result, a bare call is told from it by its
+        first keys, so no result may begin like one.
+        """
+        bare = self.form.habits[:1]
+        if not spec.callable_tools:
+            return ()
+        if spec.result_schema is not None:
+            clash = self._result_like_a_call(spec, spec.result_schema)
+            if clash is None or self.form.open:
+                return bare if clash is None else ()
+            raise GrammarError(
+                f"output: a result could begin like a call of {clash!r}; rename its properties"
+                f" 'name' and {self.form.arguments_key!r}"
+            )
+        if self.form.open:
+            return self.form.habits if spec.may_write_text else ()
+        return bare
+
+    def _result_like_a_call(self, spec: TurnSpec, schema: Mapping[str, Any]) -> str | None:
+        """The tool with whose call a result could be confused."""
+        results = self.compiler.compile_json_schema(schema, "output")
         for function in spec.callable_tools:
             head = self.tokenizer.encode_plain(self.form.head(function["name"]))
             if results.matcher().accepts_prefix(head) == len(head):
-                raise GrammarError(
-                    f"output: a result could begin like a call of {function['name']!r}; rename its"
-                    f" properties 'name' and {self.form.arguments_key!r}"
-                )
+                return str(function["name"])
+        return None
 
 
 class GenericDialect(Dialect):

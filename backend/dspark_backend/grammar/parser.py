@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dspark_backend.errors import GrammarError
-from dspark_backend.grammar.callformat import CallFormat
+from dspark_backend.grammar.callformat import CallFormat, Unmarked
 from dspark_backend.grammar.events import (
     ObjectDelta,
     TextDelta,
@@ -27,19 +27,22 @@ class TurnParser:
     whitespace that may stand before one, waits.
     """
 
-    def __init__(self, spec: TurnSpec, form: CallFormat) -> None:
+    def __init__(self, spec: TurnSpec, form: CallFormat, unmarked: Sequence[Unmarked] = ()) -> None:
+        """``unmarked`` are the ways in which a call may be written without markers."""
         self._form = form
         self._may_write_text = spec.may_write_text
         self._has_result = spec.result_schema is not None
-        self._heads = {form.head(f["name"]): f["name"] for f in spec.callable_tools}
-        self._limit = spec.call_limit if form.separator is not None else min(spec.call_limit, 1)
+        names = [function["name"] for function in spec.callable_tools]
+        self._marked = {form.padding + form.head(name): name for name in names if form.open}
+        self._unmarked = {way.head(name): (name, way.after) for way in unmarked for name in names}
+        self._limit = spec.call_limit
         self._waiting = ""
         self._events: list[TurnEvent] = []
         self._read: Callable[[], bool] = self._beginning
         self._text: list[str] = []
         self._calls: list[ParsedCall] = []
         self._json: list[str] = []
-        self._name = ""
+        self._name = self._tail = self._again = ""
         self._scanner = _ObjectScanner()
 
     def feed(self, text: str) -> list[TurnEvent]:
@@ -87,14 +90,16 @@ class TurnParser:
     def _beginning(self) -> bool:
         if not self._waiting:
             return False
-        if self._heads:
-            openings = [self._form.open] if self._form.open else list(self._heads)
-            if any(self._waiting.startswith(opening) for opening in openings):
-                self._waiting = self._waiting.removeprefix(self._form.open)
-                self._read = self._call_head
+        for head, (name, tail) in self._unmarked.items():
+            if self._take(head):
+                self._begin_call(name, tail, "")
                 return True
-            if any(opening.startswith(self._waiting) for opening in openings):
-                return False
+        if self._marked and self._take(self._form.open):
+            self._read = self._call_head
+            return True
+        openings = [*self._unmarked, *([self._form.open] if self._marked else ())]
+        if any(opening.startswith(self._waiting) for opening in openings):
+            return False
         is_result = self._has_result and (not self._may_write_text or self._waiting[0] in "{[")
         if not is_result and not self._may_write_text:
             raise self._unexpected("a tool call")
@@ -102,7 +107,7 @@ class TurnParser:
         return True
 
     def _free_text(self) -> bool:
-        if not (self._heads and self._form.open):
+        if not self._marked:
             self._say(self._waiting)
             self._waiting = ""
             return False
@@ -120,17 +125,22 @@ class TurnParser:
     def _call_head(self) -> bool:
         if len(self._calls) == self._limit:
             raise GrammarError(f"more tool calls than the {self._limit} that the turn may hold")
-        for head, name in self._heads.items():
-            if self._take(self._form.padding + head):
-                self._name = name
-                self._events.append(ToolCallStart(len(self._calls), name))
-                self._scanner = _ObjectScanner()
-                self._json = []
-                self._read = self._arguments
+        for head, name in self._marked.items():
+            if self._take(head):
+                tail = "}" + self._form.padding + self._form.close
+                self._begin_call(name, tail, (self._form.separator or "") + self._form.open)
                 return True
-        if any((self._form.padding + head).startswith(self._waiting) for head in self._heads):
+        if any(head.startswith(self._waiting) for head in self._marked):
             return False
-        raise self._unexpected("a call of one of the tools " + ", ".join(self._heads.values()))
+        raise self._unexpected("a call of one of the tools " + ", ".join(self._marked.values()))
+
+    def _begin_call(self, name: str, tail: str, again: str) -> None:
+        """``tail`` is to follow the arguments, then the turn ends or ``again`` opens a call."""
+        self._name, self._tail, self._again = name, tail, again
+        self._events.append(ToolCallStart(len(self._calls), name))
+        self._scanner = _ObjectScanner()
+        self._json = []
+        self._read = self._arguments
 
     def _arguments(self) -> bool:
         length = self._scanner.feed(self._waiting)
@@ -144,11 +154,10 @@ class TurnParser:
         return True
 
     def _call_tail(self) -> bool:
-        tail = "}" + self._form.padding + self._form.close
-        if not self._take(tail):
-            if tail.startswith(self._waiting):
+        if not self._take(self._tail):
+            if self._tail.startswith(self._waiting):
                 return False
-            raise self._unexpected(f"{tail!r} after the arguments of {self._name}")
+            raise self._unexpected(f"{self._tail!r} after the arguments of {self._name}")
         arguments = _value("".join(self._json))
         self._events.append(ToolCallEnd(len(self._calls), self._name, arguments))
         self._calls.append(ParsedCall(self._name, arguments))
@@ -157,11 +166,10 @@ class TurnParser:
         return True
 
     def _between_calls(self) -> bool:
-        again = (self._form.separator or "") + self._form.open
-        if again and self._take(again):
+        if self._again and self._take(self._again):
             self._read = self._call_head
             return True
-        if again.startswith(self._waiting):
+        if self._again.startswith(self._waiting):
             return False
         raise self._unexpected("the end of the turn or another call")
 

@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dspark_backend.errors import GrammarError
-from dspark_backend.grammar.callformat import CallFormat
+from dspark_backend.grammar.callformat import CallFormat, Unmarked
 from dspark_backend.grammar.schema import first_characters, json_rule, normalise
 from dspark_backend.grammar.spec import TurnSpec
 
 
-def turn_lark(spec: TurnSpec, form: CallFormat, token_ids: Mapping[str, int]) -> str:
+def turn_lark(
+    spec: TurnSpec, form: CallFormat, unmarked: Sequence[Unmarked], token_ids: Mapping[str, int]
+) -> str:
     """The Lark text of the turn's grammar.
 
+    ``unmarked`` are the ways in which a call may be written without markers (see ``callformat``).
     ``token_ids`` are the tokenizer's added tokens: a marker that is one of them is matched as that
-    token, otherwise as text. In free text a marker cannot be spelled, so what is written decides
-    by itself how it is to be read.
+    token, otherwise as text. Text can spell neither a marker nor the beginning of an unmarked
+    call, so what is written decides by itself how it is to be read.
 
     Raises:
         GrammarError: a schema cannot be honoured, or could not be told from text.
     """
-    writer = _TurnWriter(spec, form, token_ids)
+    writer = _TurnWriter(spec, form, unmarked, token_ids)
     alternatives = [*writer.results(), *writer.calls(), *writer.texts()]
     return "\n".join([f"start: {' | '.join(alternatives)}", *writer.rules])
+
+
+def call_parameters(function: Mapping[str, Any], *, pointer: str = "") -> dict[str, Any]:
+    """The normalised schema of a tool's arguments; a tool that declares none takes none.
+
+    Raises:
+        GrammarError: the parameters cannot be honoured or are no object.
+    """
+    where = f"{function['name']}.parameters"
+    declared = function.get("parameters") or {"type": "object", "properties": {}}
+    if first_characters(normalise(declared, where)) != "{":
+        raise GrammarError(f'{where} must describe an object: say "type": "object"')
+    return normalise(declared, where, pointer=pointer)
 
 
 def call_schema(function: Mapping[str, Any], form: CallFormat) -> dict[str, Any]:
@@ -33,16 +49,11 @@ def call_schema(function: Mapping[str, Any], form: CallFormat) -> dict[str, Any]
     Raises:
         GrammarError: the tool's parameters cannot be honoured or are no object.
     """
-    name = function["name"]
     key = form.arguments_key
-    where = f"{name}.parameters"
-    declared = function.get("parameters") or {"type": "object", "properties": {}}
-    parameters = normalise(declared, where, pointer=f"/properties/{key}")
-    if first_characters(normalise(declared, where)) != "{":
-        raise GrammarError(f'{where} must describe an object: say "type": "object"')
+    parameters = call_parameters(function, pointer=f"/properties/{key}")
     return {
         "type": "object",
-        "properties": {"name": {"const": name}, key: parameters},
+        "properties": {"name": {"const": function["name"]}, key: parameters},
         "required": ["name", key],
         "additionalProperties": False,
     }
@@ -51,10 +62,20 @@ def call_schema(function: Mapping[str, Any], form: CallFormat) -> dict[str, Any]
 class _TurnWriter:
     """Collects the rules that the alternatives of ``start`` refer to."""
 
-    def __init__(self, spec: TurnSpec, form: CallFormat, token_ids: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        spec: TurnSpec,
+        form: CallFormat,
+        unmarked: Sequence[Unmarked],
+        token_ids: Mapping[str, int],
+    ) -> None:
         self._spec = spec
         self._form = form
+        self._unmarked = unmarked
         self._token_ids = token_ids
+        # Beside a result, or where all calls are bare, text gives way to whatever begins like JSON.
+        bare_calls_only = bool(spec.tools) and not form.open
+        self._json_first = spec.result_schema is not None or bare_calls_only
         self.rules: list[str] = []
 
     def results(self) -> list[str]:
@@ -78,24 +99,10 @@ class _TurnWriter:
         self.rules.append(f"call: {' | '.join(names)}")
         for name, function in zip(names, functions, strict=True):
             self.rules.append(f"{name}: {json_rule(call_schema(function, self._form))}")
-        form = self._form
-        padding = _literal(form.padding)
-        body = _sequence(padding, "call", padding, self._marker(form.close))
-        further = self._spec.call_limit - 1
-        if further and form.separator is not None:
-            again = _sequence(_literal(form.separator), self._marker(form.open), body)
-            body += f" ({again}){{0,{further}}}"
-        self.rules.append(f"calls: {body}")
-        if not form.open:
-            return ["calls"]
-        opening = self._marker(form.open)
-        if not self._spec.may_write_text:
-            return [f"{opening} calls"]
-        if form.open in self._token_ids:
-            return [f"TEXT? {opening} calls"]
-        # Lazy: the first marker ends the text, whatever the rest of the token would spell.
-        self.rules.append(f"opened[lazy]: /({self._text_regex()})?{_regex(form.open)}/")
-        return ["opened calls"]
+        marked = self._marked_calls() if self._form.open else []
+        if self._json_first:
+            return [*marked, "call"] if self._unmarked else marked
+        return [*marked, *self._unmarked_calls()]
 
     def texts(self) -> list[str]:
         if not self._spec.may_write_text:
@@ -106,12 +113,37 @@ class _TurnWriter:
         self.rules.append(rule)
         return ["TEXT"]
 
+    def _marked_calls(self) -> list[str]:
+        form = self._form
+        padding = _literal(form.padding)
+        body = _sequence(padding, "call", padding, self._marker(form.close))
+        further = self._spec.call_limit - 1
+        if further and form.separator is not None:
+            again = _sequence(_literal(form.separator), self._marker(form.open), body)
+            body += f" ({again}){{0,{further}}}"
+        self.rules.append(f"calls: {body}")
+        opening = self._marker(form.open)
+        if not self._spec.may_write_text:
+            return [f"{opening} calls"]
+        if form.open in self._token_ids:
+            return [f"TEXT? {opening} calls"]
+        # Lazy: the first marker ends the text, whatever the rest of the token would spell.
+        self.rules.append(f"opened[lazy]: /({self._text_regex()})?{_regex(form.open)}/")
+        return ["opened calls"]
+
+    def _unmarked_calls(self) -> list[str]:
+        """Calls beside text: lazy heads, so that the text that spells one has become a call."""
+        rules = []
+        for place, function in enumerate(self._spec.callable_tools if self._unmarked else ()):
+            self.rules.append(f"arguments_{place}: {json_rule(call_parameters(function))}")
+            for way, spelling in enumerate(self._unmarked):
+                head = f"head_{place}_{way}"
+                self.rules.append(f"{head}[lazy]: /{_regex(spelling.head(function['name']))}/")
+                rules.append(_sequence(head, f"arguments_{place}", _literal(spelling.after)))
+        return rules
+
     def _text_regex(self) -> str:
-        """Text as such, or text that cannot be taken for JSON where JSON is an alternative."""
-        bare_calls = bool(self._spec.tools) and not self._form.open
-        if bare_calls or self._spec.result_schema is not None:
-            return r"[^{\[\s](?s:.*)"
-        return "(?s:.+)"
+        return r"[^{\[\s](?s:.*)" if self._json_first else "(?s:.+)"
 
     def _marker(self, marker: str) -> str:
         token = self._token_ids.get(marker)
@@ -127,4 +159,5 @@ def _literal(text: str) -> str:
 
 
 def _regex(text: str) -> str:
-    return "".join(char if char.isalnum() or char in "<>_" else f"\\{char}" for char in text)
+    escaped = (char if char.isalnum() or char in "<>_ " else f"\\{char}" for char in text)
+    return "".join(escaped).replace("\\\n", "\\n")

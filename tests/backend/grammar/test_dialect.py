@@ -258,6 +258,75 @@ def test_a_call_is_told_as_it_is_written(dialect_named: DialectNamed) -> None:
     ]
 
 
+FENCED = '```json\n{\n  "name": "edit_file",\n  "arguments": {"path": "a"}\n}\n```'
+BARE = '{"name": "edit_file", "arguments": {"path": "a"}}'
+
+
+@pytest.mark.parametrize("text", [BARE, FENCED], ids=["bare", "fenced"])
+@pytest.mark.parametrize("name", ["tiny-generic", "tiny-hermes"])
+def test_a_call_written_by_habit_is_a_call_beside_text(
+    dialect_named: DialectNamed, name: str, text: str
+) -> None:
+    dialect, spec = dialect_named(name), SPECS["auto"]
+    grammar = dialect.grammar(spec)
+    assert grammar is not None
+    matcher = grammar.matcher()
+    matcher.accept(dialect.tokenizer.encode(text))
+    assert matcher.is_terminated
+    turn = ParsedTurn(tool_calls=(ParsedCall("edit_file", {"path": "a"}),))
+    assert dialect.parse(text, spec) == turn
+    for cuts in ([5], [20, 21], list(range(len(text)))):
+        assert streamed(dialect, spec, cut(text, cuts)) == (turn, turn)
+    head = text.partition('{"path"')[0]
+    wrong = dialect.tokenizer.encode(head + '{"lines"')
+    assert grammar.matcher().accepts_prefix(wrong) < len(wrong)
+
+
+@pytest.mark.parametrize("name", ["tiny-generic", "tiny-hermes"])
+def test_what_only_resembles_a_call_stays_text(dialect_named: DialectNamed, name: str) -> None:
+    dialect, spec = dialect_named(name), SPECS["auto"]
+    grammar = dialect.grammar(spec)
+    assert grammar is not None
+    for text in (
+        '{"name": "delete_file", "arguments": {}}',
+        '{"name": "edit_file", "args": 1}',
+        "See: " + BARE,
+        "See:\n" + FENCED,
+        '```json\n{"port": 80}\n```',
+        '{"name": "edit_',
+    ):
+        assert grammar.matcher().accepts_prefix(dialect.tokenizer.encode(text)) == len(
+            dialect.tokenizer.encode(text)
+        )
+        assert dialect.parse(text, spec) == ParsedTurn(text)
+
+
+def test_where_calls_are_demanded_only_the_template_s_form_will_do(
+    dialect_named: DialectNamed,
+) -> None:
+    dialect = dialect_named("tiny-hermes")
+    for name in ("required", "named", "auto, no text"):
+        grammar = dialect.grammar(SPECS[name])
+        assert grammar is not None
+        for text in (BARE, FENCED):
+            assert grammar.matcher().accepts_prefix(dialect.tokenizer.encode(text)) == 0
+            with pytest.raises(GrammarError, match="in place of a tool call"):
+                dialect.parse(text, SPECS[name])
+
+
+def test_beside_a_result_a_bare_call_is_told_by_its_keys(tiny_dialect: Dialect) -> None:
+    bare = tiny_dialect.form.head("edit_file") + '{"path": "a"}}'
+    for name in ("calls or result", "calls, result or text"):
+        grammar = tiny_dialect.grammar(SPECS[name])
+        assert grammar is not None
+        for text in (bare, '{"answer": "a", "sure": true}'):
+            matcher = grammar.matcher()
+            matcher.accept(tiny_dialect.tokenizer.encode(text))
+            assert matcher.is_terminated
+        call = ParsedTurn(tool_calls=(ParsedCall("edit_file", {"path": "a"}),))
+        assert tiny_dialect.parse(bare, SPECS[name]) == call
+
+
 BROKEN = {
     "inside the arguments": ('<tool_call>\n{"name": "edit_file", "arguments": {"pa', "breaks off"),
     "inside the name": ('<tool_call>\n{"name": "edit', "breaks off inside tool call 0"),
@@ -289,16 +358,31 @@ def test_a_broken_off_result_is_refused(tiny_dialect: Dialect) -> None:
         tiny_dialect.parse('{"answer": "wh', SPECS["result only"])
 
 
-def test_a_result_that_could_pass_for_a_bare_call_is_refused(dialect_named: DialectNamed) -> None:
-    clash = {
+def _result_like_a_call(key: str) -> TurnSpec:
+    schema = {
         "type": "object",
-        "properties": {"name": {"type": "string"}, "parameters": {"type": "object"}},
-        "required": ["name", "parameters"],
+        "properties": {"name": {"type": "string"}, key: {"type": "object"}},
+        "required": ["name", key],
     }
-    spec = TurnSpec(TOOLS, output_schema=clash, allow_text=False)
+    return TurnSpec(TOOLS, output_schema=schema, allow_text=False)
+
+
+def test_a_result_that_could_pass_for_the_only_form_of_a_call_is_refused(
+    dialect_named: DialectNamed,
+) -> None:
     with pytest.raises(GrammarError, match="could begin like a call of 'edit_file'"):
-        dialect_named("tiny-llama3").grammar(spec)
-    assert dialect_named("tiny-hermes").grammar(spec) is not None
+        dialect_named("tiny-llama3").grammar(_result_like_a_call("parameters"))
+
+
+def test_a_result_that_could_pass_for_a_bare_call_leaves_calls_to_the_markers(
+    dialect_named: DialectNamed,
+) -> None:
+    dialect, spec = dialect_named("tiny-hermes"), _result_like_a_call("arguments")
+    text = '{"name": "edit_file", "arguments": {}}'
+    assert dialect.grammar(spec) is not None
+    assert dialect.parse(text, spec).object == json.loads(text)
+    marked = dialect.form.call("edit_file", '{"path": ""}')
+    assert dialect.parse(marked, spec).tool_calls == (ParsedCall("edit_file", {"path": ""}),)
 
 
 def test_a_scalar_result_cannot_stand_beside_text(tiny_dialect: Dialect) -> None:

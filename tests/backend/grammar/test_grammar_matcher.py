@@ -73,11 +73,13 @@ def _naive_mask(language: list[list[int]], prefix: list[int], dialect: Dialect) 
 
 
 def _turns(dialect: Dialect) -> tuple[TurnSpec, list[str]]:
-    """A union of calls and results, and all its texts."""
+    """A union of calls (marked or bare) and results, and all its texts."""
     spec = TurnSpec((_PAINT, _WAIT), output_schema={"enum": ["yes", "no"]}, allow_text=False)
     form = dialect.form
-    calls = [form.call("paint", value) for value in _colour_values()] + [form.call("wait", "{}")]
-    return spec, [*calls, '"yes"', '"no"']
+    written = [("paint", value) for value in _colour_values()] + [("wait", "{}")]
+    marked = [form.call(name, value) for name, value in written]
+    bare = [f"{form.head(name)}{value}}}" for name, value in written]
+    return spec, [*marked, *bare, '"yes"', '"no"']
 
 
 def test_the_mask_is_exactly_the_set_of_tokens_with_a_legal_continuation(
