@@ -6,7 +6,18 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from types import NoneType
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypedDict, TypeVar, cast, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Generic,
+    ParamSpec,
+    Self,
+    TypedDict,
+    TypeVar,
+    cast,
+    overload,
+)
 
 import anyio
 from typing_extensions import TypeVar as DefaultTypeVar
@@ -30,6 +41,9 @@ from dspark_agent.step import UNSET
 from dspark_agent.stream import EventStream, streamed
 from dspark_agent.tools import Tool
 from dspark_agent.toolset import ContextToolDecorator, FunctionToolset, ToolDecorator, ToolOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeForm
 
 OutT = DefaultTypeVar("OutT", default=str)
 T = TypeVar("T")
@@ -60,7 +74,7 @@ class Agent(Generic[DepsT, OutT]):
     Args:
         model: a :class:`Model`, or the name of one for the embedded engine. A name is loaded when
             it is first used; pass one Model object to several agents to load it once.
-        output_type: a type that pydantic can validate, ``[type, str]`` for a typed result or
+        output_type: a type that pydantic can validate, ``SomeType | str`` for a typed result or
             text, or :class:`JsonSchema`.
         instructions: said to the model before anything else; see also :meth:`instructions`.
         deps_type: the type of ``deps``; documentation, type inference, and a check at run time.
@@ -96,7 +110,7 @@ class Agent(Generic[DepsT, OutT]):
         self: Agent[DepsT, T],
         model: Model | str,
         *,
-        output_type: type[T] | Sequence[type[T]],
+        output_type: TypeForm[T],
         instructions: str | Sequence[str] = (),
         deps_type: type[DepsT] = ...,
         name: str | None = None,
@@ -201,7 +215,7 @@ class Agent(Generic[DepsT, OutT]):
         self,
         prompt: str | None = None,
         *,
-        output_type: type[T] | Sequence[type[T]],
+        output_type: TypeForm[T],
         **options: Unpack[RunOptions[DepsT]],
     ) -> RunResult[T]: ...
     @overload
@@ -240,7 +254,7 @@ class Agent(Generic[DepsT, OutT]):
         self,
         prompt: str | None = None,
         *,
-        output_type: type[T] | Sequence[type[T]],
+        output_type: TypeForm[T],
         **options: Unpack[RunOptions[DepsT]],
     ) -> RunResult[T]: ...
     @overload

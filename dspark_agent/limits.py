@@ -25,6 +25,7 @@ class RunUsage(RequestUsage):
     tool_calls: NonNegativeInt = 0
 
     def add_turn(self, turn: RequestUsage) -> None:
+        """Count one model turn."""
         self.requests += 1
         self.input_tokens += turn.input_tokens
         self.cached_tokens += turn.cached_tokens

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, Union
+from types import UnionType
+from typing import Any, Generic, TypeVar, Union, get_args, get_origin
 
 import jsonschema
 import pydantic_core
@@ -57,23 +58,23 @@ class Partial:
 class Output(Generic[T]):
     """An output type, ready to be asked for and checked.
 
+    A union with ``str`` in it (``Plan | str``) means a typed result or plain text.
+
     ``schema`` is a JSON Schema of type object, or None where only text is asked for; ``allow_text``
     says whether plain text is an answer.
     """
 
     def __init__(self, output_type: Any) -> None:
-        options = output_type if _is_choice(output_type) else (output_type,)
+        options = _options(output_type)
         typed = tuple(option for option in options if option is not str)
         self.allow_text = len(typed) < len(options)
         self.schema: dict[str, Any] | None = None
         self._wrapped = False
         self._adapter: TypeAdapter[Any] | None = None
         self._bare: JsonSchema | None = None
-        if not options:
-            raise SchemaError("output_type is empty; give a type, JsonSchema(...) or [type, str]")
-        if typed and isinstance(typed[0], JsonSchema) and len(typed) == 1:
-            self._bare = typed[0]
-            self._set_schema(dict(typed[0].schema))
+        if isinstance(output_type, JsonSchema):
+            self._bare = output_type
+            self._set_schema(dict(output_type.schema))
         elif typed:
             self._adapter = _adapter(typed)
             self._set_schema(without_titles(_schema(self._adapter)))
@@ -137,13 +138,13 @@ class Output(Generic[T]):
         return Partial(data, value)
 
 
-def _is_choice(output_type: Any) -> bool:
-    return isinstance(output_type, Sequence) and not isinstance(output_type, str)
+def _options(output_type: Any) -> tuple[Any, ...]:
+    if get_origin(output_type) in (Union, UnionType):
+        return get_args(output_type)
+    return (output_type,)
 
 
 def _adapter(types: tuple[Any, ...]) -> TypeAdapter[Any]:
-    if any(isinstance(option, JsonSchema) for option in types):
-        raise SchemaError("a JsonSchema cannot be combined with other types; write it as one anyOf")
     try:
         choice: Any = types[0] if len(types) == 1 else Union[types]  # noqa: UP007
         return TypeAdapter(choice)

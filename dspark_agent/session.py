@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Self, overload
+from typing import TYPE_CHECKING, Any, Generic, Self, overload
 
 from typing_extensions import TypeVar
 
@@ -18,6 +18,9 @@ from dspark_agent.output import JsonSchema
 from dspark_agent.run import AgentRun, RunResult
 from dspark_agent.settings import ModelSettings
 from dspark_agent.step import UNSET, StepResult
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeForm
 
 OutT = TypeVar("OutT", default=str)
 T = TypeVar("T")
@@ -82,7 +85,7 @@ class Session(Generic[DepsT, OutT]):
         self,
         prompt: str | None = None,
         *,
-        output_type: type[T] | Sequence[type[T]],
+        output_type: TypeForm[T],
         tools: Sequence[str] | None = None,
         tool_choice: str | None = None,
         settings: ModelSettings | None = None,
@@ -124,7 +127,7 @@ class Session(Generic[DepsT, OutT]):
 
         Args:
             prompt: what to say first; None where tool results (or a history) wait for an answer.
-            output_type: a type, ``[type, str]`` (typed result or text), or a JsonSchema.
+            output_type: a type, ``SomeType | str`` (typed result or text), or a JsonSchema.
             tools: names of the tools to choose from; ``[]`` for none.
             tool_choice: ``auto``, ``required``, ``none``, or a tool's name.
             settings: over those of session, agent and model.
@@ -161,7 +164,7 @@ class Session(Generic[DepsT, OutT]):
         self,
         prompt: str | None = None,
         *,
-        output_type: type[T] | Sequence[type[T]],
+        output_type: TypeForm[T],
         limits: UsageLimits | None = None,
     ) -> RunResult[T]: ...
     @overload

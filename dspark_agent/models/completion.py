@@ -11,8 +11,9 @@ from pydantic import BaseModel, Field, ValidationError
 
 from dspark_agent.errors import ModelError
 from dspark_agent.limits import RequestUsage
-from dspark_agent.messages import FinishReason, ResponsePart, TextPart, ToolCallPart, new_call_id
+from dspark_agent.messages import FinishReason, ResponsePart, ToolCallPart, new_call_id
 from dspark_agent.models.base import CallChunk, CallEnd, CallStart, ModelEvent, TextChunk
+from dspark_agent.models.builder import ResponseBuilder
 
 
 class _Function(BaseModel):
@@ -78,9 +79,9 @@ class Completion:
     def __init__(self) -> None:
         self.finish_reason: FinishReason | None = None
         self.usage = RequestUsage()
-        self._text: list[str] = []
+        self._builder = ResponseBuilder()
         self._calls: dict[int, _Call] = {}
-        self._finished: list[ToolCallPart] = []
+        self._finished = 0
         self._open: int | None = None
 
     def feed(self, data: str) -> Iterator[ModelEvent]:
@@ -99,7 +100,7 @@ class Completion:
             self._count(chunk.usage)
         for choice in chunk.choices:
             if choice.index == 0:
-                yield from self._choice(choice)
+                yield from self._kept(self._choice(choice))
 
     def end(self) -> Iterator[ModelEvent]:
         """The events that only the end makes certain.
@@ -107,20 +108,22 @@ class Completion:
         Raises:
             ModelError: the stream stopped before the answer did.
         """
-        yield from self._close_call()
+        yield from self._kept(self._close_call())
         if self.finish_reason is None:
             raise ModelError("the server's stream ended before the answer was finished")
 
     def parts(self) -> tuple[ResponsePart, ...]:
         """The answer's parts: the text, then the calls."""
-        text = "".join(self._text)
-        said = (TextPart(content=text),) if text or not self._finished else ()
-        return (*said, *self._finished)
+        return self._builder.parts()
+
+    def _kept(self, events: Iterator[ModelEvent]) -> Iterator[ModelEvent]:
+        for event in events:
+            self._builder.add(event)
+            yield event
 
     def _choice(self, choice: _Choice) -> Iterator[ModelEvent]:
         text = choice.delta.content or choice.delta.refusal
         if text:
-            self._text.append(text)
             yield TextChunk(text)
         for delta in choice.delta.tool_calls or ():
             yield from self._call(delta)
@@ -134,17 +137,17 @@ class Completion:
             yield from self._close_call()
             self._calls[delta.index] = _Call(delta.id or new_call_id(), delta.function.name)
             self._open = delta.index
-            yield CallStart(len(self._finished), delta.function.name)
+            yield CallStart(self._finished, delta.function.name)
         if delta.function.arguments:
             self._calls[delta.index].arguments.append(delta.function.arguments)
-            yield CallChunk(len(self._finished), delta.function.arguments)
+            yield CallChunk(self._finished, delta.function.arguments)
 
     def _close_call(self) -> Iterator[ModelEvent]:
         if self._open is not None:
             part = self._calls[self._open].part()
             self._open = None
-            yield CallEnd(len(self._finished), part)
-            self._finished.append(part)
+            yield CallEnd(self._finished, part)
+            self._finished += 1
 
     def _count(self, usage: _Usage) -> None:
         details = usage.prompt_tokens_details

@@ -17,6 +17,7 @@ import anyio.to_thread
 
 from dspark_agent.errors import (
     ContextLengthError,
+    DSparkError,
     ModelError,
     ModelNotFoundError,
     SchemaError,
@@ -29,7 +30,6 @@ from dspark_agent.messages import (
     ModelRequest,
     ModelResponse,
     ResponsePart,
-    TextPart,
     ToolCallPart,
 )
 from dspark_agent.metrics import StepMetrics
@@ -45,6 +45,7 @@ from dspark_agent.models.base import (
     TextChunk,
 )
 from dspark_agent.models.bridge import ThreadBridge
+from dspark_agent.models.builder import ResponseBuilder
 from dspark_agent.models.chat import ChatMessage, chat_messages, function_tools
 from dspark_agent.models.outline import outline
 from dspark_agent.settings import ModelSettings
@@ -143,12 +144,6 @@ class DSparkModel(Model):
         if self._owns_engine and self._engine is not None:
             engine, self._engine = self._engine, None
             await anyio.to_thread.run_sync(engine.close)
-
-
-@dataclass(frozen=True, slots=True)
-class _Mark:
-    tokens: int
-    outlined: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,12 +278,12 @@ class _DSparkSession(ModelSession):
                     await _ended(bridge)
 
     def mark(self) -> object:
-        return _Mark(len(self._session.tokens), self._outlined)
+        return len(self._session.tokens), self._outlined
 
     async def rollback(self, mark: object) -> None:
-        assert isinstance(mark, _Mark)
-        self._outlined = mark.outlined
-        surplus = len(self._session.tokens) - mark.tokens
+        assert isinstance(mark, tuple)
+        length, self._outlined = mark
+        surplus = len(self._session.tokens) - length
         if surplus:
             self._session.rollback(surplus)
 
@@ -307,53 +302,43 @@ class _DSparkSession(ModelSession):
 
 
 class _TurnReader:
-    """Reads a turn's text as it is written: events on the way, the response's parts at the end."""
+    """Reads a turn's text as it is written: the model's events, and the parts they add up to."""
 
     def __init__(self, parser: TurnParser | None) -> None:
         self._parser = parser
-        self._text: list[str] = []
-        self._calls: list[ToolCallPart] = []
-        self._open_call: str | None = None
-        self._arguments: list[str] = []
+        self._builder = ResponseBuilder()
 
     def feed(self, text: str) -> list[ModelEvent]:
         """The events that ``text`` makes certain."""
-        if self._parser is None:
-            return [self._said(text)] if text else []
-        return [self._event(event) for event in self._parser.feed(text)]
+        if self._parser is not None:
+            return self._taken([_event(event) for event in self._parser.feed(text)])
+        return self._taken([TextChunk(text)] if text else [])
 
     def end(self) -> list[ModelEvent]:
         """The events that were waiting for more text, which does not come."""
-        if self._parser is None:
-            return []
-        return [self._event(event) for event in self._parser.flush()]
+        waiting = [] if self._parser is None else self._parser.flush()
+        return self._taken([_event(event) for event in waiting])
 
     def parts(self) -> tuple[ResponsePart, ...]:
-        """What the turn came to; a call that broke off has its arguments as raw text."""
-        calls = list(self._calls)
-        if self._open_call is not None:
-            calls.append(ToolCallPart(tool_name=self._open_call, args="".join(self._arguments)))
-        text = "".join(self._text)
-        return (*((TextPart(content=text),) if text or not calls else ()), *calls)
+        """What the turn came to."""
+        return self._builder.parts()
 
-    def _said(self, text: str) -> TextChunk:
-        self._text.append(text)
-        return TextChunk(text)
+    def _taken(self, events: list[ModelEvent]) -> list[ModelEvent]:
+        for event in events:
+            self._builder.add(event)
+        return events
 
-    def _event(self, event: parsed.TurnEvent) -> ModelEvent:
-        match event:
-            case parsed.TextDelta(text) | parsed.ObjectDelta(text):
-                return self._said(text)
-            case parsed.ToolCallStart(index, name):
-                self._open_call, self._arguments = name, []
-                return CallStart(index, name)
-            case parsed.ToolCallArgsDelta(index, fragment):
-                self._arguments.append(fragment)
-                return CallChunk(index, fragment)
-            case parsed.ToolCallEnd(index, name, arguments):
-                self._open_call = None
-                self._calls.append(ToolCallPart(tool_name=name, args=arguments))
-                return CallEnd(index, self._calls[-1])
+
+def _event(event: parsed.TurnEvent) -> ModelEvent:
+    match event:
+        case parsed.TextDelta(text) | parsed.ObjectDelta(text):
+            return TextChunk(text)
+        case parsed.ToolCallStart(index, name):
+            return CallStart(index, name)
+        case parsed.ToolCallArgsDelta(index, fragment):
+            return CallChunk(index, fragment)
+        case parsed.ToolCallEnd(index, name, arguments):
+            return CallEnd(index, ToolCallPart(tool_name=name, args=arguments))
 
 
 async def _send(events: Sequence[ModelEvent], emit: Emit) -> None:
@@ -391,20 +376,22 @@ def _finish_reason(outcome: StepOutcome, parts: Sequence[ResponsePart]) -> Finis
     return FinishReason.TOOL_CALL if calls else FinishReason.STOP
 
 
+_OURS: tuple[tuple[type[backend.BackendError], type[DSparkError]], ...] = (
+    (backend.ModelNotFoundError, ModelNotFoundError),
+    (backend.DownloadError, ModelNotFoundError),
+    (backend.ContextLengthError, ContextLengthError),
+    (backend.GrammarError, SchemaError),
+    (backend.RequestError, UserError),
+    (backend.SessionClosedError, SessionClosedError),
+    (backend.BackendError, ModelError),
+)
+
+
 @contextmanager
 def _translated() -> Iterator[None]:
     """The engine's errors as the SDK's, message unchanged."""
     try:
         yield
-    except (backend.ModelNotFoundError, backend.DownloadError) as error:
-        raise ModelNotFoundError(str(error)) from error
-    except backend.ContextLengthError as error:
-        raise ContextLengthError(str(error)) from error
-    except backend.GrammarError as error:
-        raise SchemaError(str(error)) from error
-    except backend.RequestError as error:
-        raise UserError(str(error)) from error
-    except backend.SessionClosedError as error:
-        raise SessionClosedError(str(error)) from error
     except backend.BackendError as error:
-        raise ModelError(str(error)) from error
+        ours = next(ours for theirs, ours in _OURS if isinstance(error, theirs))
+        raise ours(str(error)) from error

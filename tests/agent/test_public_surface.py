@@ -1,0 +1,69 @@
+"""The public names are few and known, and importing them loads nothing heavy."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import dspark_agent
+
+SURFACE = (
+    "Agent AgentEvent AgentRun ContextLengthError DSparkError DSparkModel DeadlineExceeded "
+    "EventStream FinishReason FunctionModel FunctionToolset History JsonSchema Model ModelError "
+    "ModelHTTPError ModelMessage ModelMessagesTypeAdapter ModelNotFoundError ModelRequest "
+    "ModelResponse ModelRetry ModelSession ModelSettings ModelTurn OpenAIModel OutputError "
+    "PartialOutput RequestUsage RetryPromptPart RunCancelled RunContext RunResult RunUsage "
+    "SchemaError Session SessionClosedError StepEnd StepKind StepMetrics StepResult StepStart "
+    "SystemPromptPart TestModel TextDelta TextPart Tool ToolCallDelta ToolCallEnd ToolCallPart "
+    "ToolCallStart ToolDefinition ToolFailed ToolResult ToolRetriesExceeded ToolReturnPart "
+    "UnexpectedModelBehavior UsageLimitExceeded UsageLimits UserError UserPromptPart infer_model "
+    "tool"
+)
+NAMES = SURFACE.split(" ")
+
+
+def test_the_surface_is_these_names() -> None:
+    assert dspark_agent.__all__ == NAMES
+    for name in NAMES:
+        assert getattr(dspark_agent, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="Agnet"):
+        _ = dspark_agent.Agnet
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_everything_public_has_a_docstring(name: str) -> None:
+    thing = getattr(dspark_agent, name)
+    if not inspect.isclass(thing):
+        return
+    assert inspect.getdoc(thing)
+    for attribute, member in vars(thing).items():
+        if not attribute.startswith("_") and inspect.isfunction(member):
+            assert inspect.getdoc(getattr(thing, attribute)), f"{name}.{attribute}"
+
+
+def test_every_error_of_the_sdk_has_one_root() -> None:
+    apart = {"ModelRetry", "ToolFailed"}  # said to the model, not to the caller
+    for name in NAMES:
+        thing = getattr(dspark_agent, name)
+        if inspect.isclass(thing) and issubclass(thing, Exception) and name not in apart:
+            assert issubclass(thing, dspark_agent.DSparkError)
+
+
+def test_importing_and_running_on_a_remote_or_fake_model_never_loads_torch() -> None:
+    code = """
+import sys
+import dspark_agent
+assert "httpx" not in sys.modules
+dspark_agent.Agent(dspark_agent.TestModel()).run_sync("Hi")
+dspark_agent.OpenAIModel("m", base_url="http://localhost")
+heavy = {"torch", "transformers", "dspark_backend", "numpy"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,162 @@
+"""What a type checker says about user code: deps and outputs flow, mistakes are found."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+from dataclasses import dataclass
+
+from dspark_agent import (
+    Agent, FunctionToolset, JsonSchema, RunContext, StepResult, TestModel, UsageLimits, tool,
+)
+from pydantic import BaseModel
+
+
+@dataclass
+class Deps:
+    root: str
+
+
+class Plan(BaseModel):
+    title: str
+
+
+@tool
+def free(n: int) -> int:
+    "Free."
+    return n
+
+
+plain = Agent(TestModel(), tools=[free], toolsets=[FunctionToolset([free])])
+reveal_type(plain)
+typed = Agent(TestModel(), output_type=Plan, deps_type=Deps)
+reveal_type(typed)
+reveal_type(Agent(TestModel(), output_type=JsonSchema({}), deps_type=Deps))
+either = Agent(TestModel(), output_type=Plan | str)
+
+
+@typed.tool
+def read(ctx: RunContext[Deps], path: str) -> str:
+    return ctx.deps.root + path
+
+
+@typed.tool(timeout=3)
+async def write(ctx: RunContext[Deps], path: str, text: str) -> int:
+    return len(text)
+
+
+@typed.tool_plain
+def add(a: int, b: int) -> int:
+    return a + b
+
+
+reveal_type(read)
+reveal_type(add)
+
+
+async def main() -> None:
+    result = await typed.run("Go", deps=Deps("/"), limits=UsageLimits(request_limit=3))
+    reveal_type(result.output)
+    reveal_type(result.steps)
+    reveal_type((await typed.run("Go", output_type=int)).output)
+    reveal_type(plain.run_sync("Go").output)
+    async with typed.session(deps=Deps("/")) as session:
+        reveal_type(await session.step("Go"))
+        reveal_type((await session.step("Go", output_type=list[int])).output)
+        reveal_type((await session.step("Go", output_type=JsonSchema({}))).output)
+        reveal_type(await session.run("Go"))
+    async with typed.iter("Go", deps=Deps("/")) as run:
+        async for step in run:
+            reveal_type(step)
+        reveal_type(run.result.output)
+    async with typed.run_stream("Go", deps=Deps("/")) as stream:
+        reveal_type((await stream.result()).output)
+    reveal_type((await either.run("Go")).output)
+
+
+async def mistakes() -> None:
+    await typed.run("Go", deps="not deps")  # E: deps
+    await typed.run("Go", dpes=Deps("/"))  # E: dpes
+
+    @typed.tool  # E: ctx
+    def wrong(ctx: RunContext[int], path: str) -> str:
+        return path
+
+    read(1, "a")  # E: read
+    step: StepResult[int] = await typed.session(deps=Deps("/")).step("Go")  # E: step
+"""
+
+REVEALED = [
+    "Agent[object, str]",
+    "Agent[Deps, Plan]",
+    "Agent[Deps, Any]",
+    "def (RunContext[Deps], path: str) -> str",
+    "def (a: int, b: int) -> int",
+    "Plan",
+    "tuple[StepResult[Any], ...]",
+    "int",
+    "str",
+    "StepResult[Plan]",
+    "list[int]",
+    "Any",
+    "RunResult[Plan]",
+    "StepResult[Plan]",
+    "Plan",
+    "Plan",
+    "Plan | str",
+]
+
+
+SETTINGS = """
+[mypy]
+follow_imports = silent
+
+# The engine and torch take most of a minute to check and are no part of the claim.
+[mypy-dspark_backend.*,torch.*]
+follow_imports = skip
+"""
+
+
+@pytest.fixture(scope="module")
+def findings(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("typing")
+    cache = pytestconfig.cache
+    assert cache is not None
+    (folder / "program.py").write_text(PROGRAM)
+    # The engine and torch take most of a minute to check and are no part of the claim.
+    (folder / "mypy.ini").write_text(
+        "[mypy]\n[mypy-dspark_backend.*,torch.*]\nfollow_imports = skip"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--hide-error-context",
+         "--cache-dir", str(cache.mkdir("mypy")), "program.py"],
+        cwd=folder, env={"MYPYPATH": _project_path(), "PATH": ""}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.stderr == ""
+    return done.stdout.splitlines()
+
+
+def _project_path() -> str:
+    root = Path(__file__).parents[2]
+    return ":".join(str(root / part) for part in ("", "backend", "tools"))
+
+
+def test_types_flow_from_declaration_to_result(findings: list[str]) -> None:
+    revealed = [line.split('Revealed type is "')[1][:-1] for line in findings if "Revealed" in line]
+    for module in ("program.", "builtins.", "dspark_agent.agent.", "dspark_agent.step.",
+                   "dspark_agent.run.", "dspark_agent.context."):  # fmt: skip
+        revealed = [text.replace(module, "") for text in revealed]
+    assert revealed == REVEALED
+
+
+def test_mistakes_are_found_where_they_are_and_nothing_else(findings: list[str]) -> None:
+    lines = PROGRAM.splitlines()
+    expected = {number for number, line in enumerate(lines, 1) if "# E: " in line}
+    errors = [line for line in findings if ": error: " in line]
+    assert {int(line.split(":")[1]) for line in errors} == expected, "\n".join(errors)
