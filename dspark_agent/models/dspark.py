@@ -7,6 +7,7 @@ torch. A conversation is a token log: each turn renders and computes only what i
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -46,8 +47,8 @@ from dspark_agent.models.base import (
 )
 from dspark_agent.models.bridge import ThreadBridge
 from dspark_agent.models.builder import ResponseBuilder
-from dspark_agent.models.chat import ChatMessage, chat_messages, function_tools
-from dspark_agent.models.outline import outline
+from dspark_agent.models.chat import chat_messages, function_tools
+from dspark_agent.models.outline import ask_for_result
 from dspark_agent.settings import ModelSettings
 from dspark_agent.tools import ToolDefinition
 from dspark_backend import errors as backend
@@ -56,6 +57,7 @@ from dspark_backend.events import Failed, Finished, StepEvent, Tokens
 from dspark_backend.grammar import events as parsed
 from dspark_backend.grammar.parser import TurnParser
 from dspark_backend.grammar.spec import TurnSpec
+from dspark_backend.metrics import EngineMetrics
 from dspark_backend.request import FinishReason as EngineFinish
 from dspark_backend.request import ForcedMode, SamplingParams, StepOutcome, StepRequest
 from dspark_backend.session import Session as EngineSession
@@ -151,6 +153,7 @@ class _Prepared:
     request: StepRequest
     reader: _TurnReader
     outlined: frozenset[str]
+    compile_s: float
 
 
 class _DSparkSession(ModelSession):
@@ -183,9 +186,10 @@ class _DSparkSession(ModelSession):
     async def step(
         self, messages: Sequence[ModelRequest | ModelResponse], turn: ModelTurn, emit: Emit
     ) -> ModelResponse:
-        mark = self.mark()
+        mark, began = self.mark(), time.perf_counter()
         with _translated():
             prepared = await anyio.to_thread.run_sync(self._prepare, messages, turn)
+            prepared_s = time.perf_counter() - began
             try:
                 outcome = await self._generate(prepared, emit)
                 if outcome.finish_reason is EngineFinish.CANCELLED:
@@ -206,7 +210,7 @@ class _DSparkSession(ModelSession):
             model_name=self._model_name,
             usage=usage,
             finish_reason=_finish_reason(outcome, parts),
-            metrics=StepMetrics(**asdict(outcome.metrics)),
+            metrics=_metrics(outcome.metrics, prepared_s, prepared.compile_s),
         )
 
     def _prepare(
@@ -215,14 +219,16 @@ class _DSparkSession(ModelSession):
         """Render what is new and compile the turn's grammar (in a worker thread)."""
         dialect, log = self._engine.dialect, self.token_log
         chat = chat_messages(messages)
-        outlined = self._add_outline(chat, turn)
+        outlined = ask_for_result(chat, turn, self._outlined)
         if log:
             closed = log[-1] == dialect.end_of_turn_id
             tokens = [*self._unsent_log(), *dialect.render_next(chat, closed=closed)]
         else:
             tokens = dialect.render_start(chat, function_tools(self._tools))
         spec = _turn_spec(turn)
+        began = time.perf_counter()
         grammar = self._engine.compile(spec)
+        compile_s = time.perf_counter() - began
         room = self._engine.max_context - len(self._session.tokens) - len(tokens)
         request = StepRequest(
             tokens=tuple(tokens),
@@ -234,24 +240,10 @@ class _DSparkSession(ModelSession):
             kind=spec.kind,
         )
         parser = None if grammar is None else dialect.parser(spec)
-        return _Prepared(request, _TurnReader(parser), outlined)
+        return _Prepared(request, _TurnReader(parser), outlined, compile_s)
 
     def _unsent_log(self) -> tuple[int, ...]:
         return () if self._session.tokens else self._resumed
-
-    def _add_outline(self, chat: list[ChatMessage], turn: ModelTurn) -> frozenset[str]:
-        """Say once in a log what a typed result looks like: the grammar only enforces it."""
-        if turn.output_schema is None:
-            return self._outlined
-        shape = outline(turn.output_schema)
-        if shape in self._outlined:
-            return self._outlined
-        hint = f"{'When you are done, answer' if turn.tools else 'Answer'} with JSON: {shape}"
-        if chat and chat[-1]["role"] == "user":
-            chat[-1]["content"] += f"\n\n{hint}"
-        else:
-            chat.append({"role": "user", "content": hint})
-        return self._outlined | {shape}
 
     async def _generate(self, prepared: _Prepared, emit: Emit) -> StepOutcome:
         """Run the step on the engine's thread; its events arrive here as they happen."""
@@ -367,6 +359,16 @@ def _turn_spec(turn: ModelTurn) -> TurnSpec:
 def _sampling(settings: ModelSettings) -> SamplingParams:
     names = SamplingParams.__dataclass_fields__
     return SamplingParams(**{key: value for key, value in settings.items() if key in names})  # type: ignore[arg-type]
+
+
+def _metrics(engine: EngineMetrics, prepared_s: float, compile_s: float) -> StepMetrics:
+    """The engine's account with what came before it: rendering (overhead) and compiling."""
+    account = asdict(engine)
+    account["ttft_s"] += prepared_s
+    account["total_s"] += prepared_s
+    account["grammar_s"] += compile_s
+    account["overhead_s"] += prepared_s - compile_s
+    return StepMetrics(**account)
 
 
 def _finish_reason(outcome: StepOutcome, parts: Sequence[ResponsePart]) -> FinishReason:

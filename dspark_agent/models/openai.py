@@ -19,7 +19,7 @@ from dspark_agent.metrics import StepMetrics
 from dspark_agent.models.base import Emit, Model, ModelSession, ModelTurn, TranscriptSession
 from dspark_agent.models.chat import function_tools, server_messages
 from dspark_agent.models.completion import Completion
-from dspark_agent.models.outline import outline
+from dspark_agent.models.outline import ask_for_result
 from dspark_agent.models.sse import EventDecoder
 from dspark_agent.settings import ModelSettings
 
@@ -194,9 +194,7 @@ def _body(
         if "parallel_tool_calls" in turn.settings:
             body["parallel_tool_calls"] = turn.settings["parallel_tool_calls"]
     if turn.output_schema is not None and turn.allow_text:
-        shape = outline(turn.output_schema)
-        hint = f"Answer with text, or with JSON alone: {shape}"
-        body["messages"].append({"role": "user", "content": hint})
+        ask_for_result(body["messages"], turn)  # no response_format allows words beside JSON
     elif turn.output_schema is not None:
         body["response_format"] = {
             "type": "json_schema",

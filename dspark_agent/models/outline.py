@@ -9,6 +9,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from dspark_agent.models.base import ModelTurn
+from dspark_agent.models.chat import ChatMessage
+
 _MAX_DEPTH = 6
 
 
@@ -19,6 +22,29 @@ def outline(schema: Mapping[str, Any]) -> str:
     '{"n": integer (size)}'
     """
     return _Outliner(schema).shape(schema, 0)
+
+
+def ask_for_result(
+    chat: list[ChatMessage], turn: ModelTurn, told: frozenset[str] = frozenset()
+) -> frozenset[str]:
+    """Say at the end of ``chat`` what the turn's typed result looks like, if it has one.
+
+    An outline in ``told`` is not said again: a conversation needs it once. Gives ``told`` with
+    what was said now.
+    """
+    if turn.output_schema is None:
+        return told
+    shape = outline(turn.output_schema)
+    if shape in told:
+        return told
+    when = "When you are done, answer" if turn.tools else "Answer"
+    how = "in words or with JSON" if turn.allow_text else "with JSON"
+    request = f"{when} {how}: {shape}"
+    if chat and chat[-1]["role"] == "user":
+        chat[-1]["content"] += f"\n\n{request}"
+    else:
+        chat.append({"role": "user", "content": request})
+    return told | {shape}
 
 
 class _Outliner:

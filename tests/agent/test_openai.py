@@ -216,6 +216,18 @@ async def test_a_typed_result_is_asked_for_by_schema(server: Server) -> None:
 
 
 @pytest.mark.anyio
+async def test_a_result_or_words_is_asked_for_in_words(server: Server) -> None:
+    server.streams(*text("I do not know."))
+    agent = Agent(model_on(server), output_type=City | str)
+    assert (await agent.run("Which?")).output == "I do not know."
+    (request,) = server.requests
+    assert "response_format" not in request
+    assert request["messages"][-1]["content"] == (
+        'Which?\n\nAnswer in words or with JSON: {"name": string, "people": integer}'
+    )
+
+
+@pytest.mark.anyio
 async def test_settings_are_translated_or_refused(server: Server) -> None:
     server.streams(*text("ok"))
     settings: ModelSettings = {

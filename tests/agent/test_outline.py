@@ -7,7 +7,8 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel, Field
 
-from dspark_agent.models.outline import outline
+from dspark_agent import ModelTurn, ToolDefinition
+from dspark_agent.models.outline import ask_for_result, outline
 
 
 class Part(BaseModel):
@@ -32,6 +33,26 @@ def test_an_outline_has_keys_kinds_and_descriptions() -> None:
         '{"kind": "new" | "old", "parts": [{"name": string (short, unique), '
         '"size": integer | null}, ...], "notes": object}'
     )
+
+
+def test_a_result_is_asked_for_once_and_in_the_users_words_where_there_are_any() -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}}
+    chat = [{"role": "user", "content": "Count."}]
+    told = ask_for_result(chat, ModelTurn(output_schema=schema, allow_text=False))
+    assert chat == [{"role": "user", "content": 'Count.\n\nAnswer with JSON: {"n": integer}'}]
+    assert ask_for_result(chat, ModelTurn(output_schema=schema), told) == told
+    assert len(chat) == 1
+
+    results = [{"role": "tool", "content": "3"}]
+    tools = (ToolDefinition("count", "Count.", {}),)
+    ask_for_result(results, ModelTurn(output_schema=schema, tools=tools))
+    assert results[1:] == [
+        {
+            "role": "user",
+            "content": 'When you are done, answer in words or with JSON: {"n": integer}',
+        }
+    ]
+    assert ask_for_result(results, ModelTurn()) == frozenset()
 
 
 def test_recursion_ends() -> None:
