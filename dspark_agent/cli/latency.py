@@ -29,10 +29,10 @@ _HEADINGS = (
 _PARTS = ("queue_s", "prefill_s", "decode_s", "grammar_s", "verify_s", "tool_s", "overhead_s")
 
 
-def latency_table(steps: Sequence[StepResult[Any]], labels: Sequence[str] = ()) -> Table:
+def latency_table(steps: Sequence[StepResult[Any]]) -> Table:
     """One row a step and their sum; milliseconds, the parts in the order in which they happen.
 
-    ``labels`` name the steps; a step without one goes by its kind. Cached tokens are those of the
+    A step goes by the tool it called, else by its kind. Cached tokens are those of the
     conversation so far that were not computed again.
     """
     table = Table(
@@ -47,8 +47,8 @@ def latency_table(steps: Sequence[StepResult[Any]], labels: Sequence[str] = ()) 
     for heading in _HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
     for number, step in enumerate(steps):
-        label = labels[number] if number < len(labels) else step.kind.value
-        table.add_row(f"{number + 1} {label}", *_cells(step.metrics))
+        called = ", ".join(call.tool_name for call in step.tool_calls)
+        table.add_row(f"{number + 1} {called or step.kind.value}", *_cells(step.metrics))
     if len(steps) > 1:
         table.add_section()
         table.add_row("all", *_sums([step.metrics for step in steps]))
