@@ -177,6 +177,8 @@ def _parser(tables: LLTokenizer, source: str) -> LLMatcher:
         log_level=0,
         limits=LLParserLimits(verbose_errors=False),
     )
+    if not core.is_error():
+        core.compute_bitmask()  # every copy starts with this mask; a hopeless grammar fails here
     problem = core.get_error() if core.is_error() else "; ".join(core.get_grammar_warnings())
     if problem:
         raise GrammarError(_readable(problem))
@@ -185,6 +187,8 @@ def _parser(tables: LLTokenizer, source: str) -> LLMatcher:
 
 def _readable(problem: str) -> str:
     """llguidance's message without the dump of the grammar and without its own option names."""
+    if problem.startswith("NoExtension"):
+        return "the grammar allows no text at all"
     message = problem.split("\n   1 |", 1)[0].split("<non-verbose/>", 1)[0].strip()
     message = re.sub(r"^at \d+\(\d+\): failed to compile JSON schema: ", "", message)
     if message.startswith("oneOf constraints are not supported"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from dspark_backend.grammar.dialect import Dialect
 from dspark_backend.grammar.matcher import Matcher
 from dspark_backend.grammar.spec import TurnSpec
 
+DialectNamed = Callable[[str], Dialect]
 LegalTokens = Callable[[Matcher], list[int]]
 Walk = Callable[..., list[int] | None]
 
@@ -260,7 +262,7 @@ def test_rollback_and_fork_equal_a_fresh_replay(
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_accepts_prefix_counts_what_masks_would_allow(
-    data: st.DataObject, dialect_named: Callable[[str], Dialect], legal_tokens: LegalTokens
+    data: st.DataObject, dialect_named: DialectNamed, legal_tokens: LegalTokens
 ) -> None:
     dialect = dialect_named("tiny-hermes")
     grammar = dialect.compiler.compile_json_schema(_COLOURS)
@@ -317,8 +319,41 @@ def test_grammars_are_compiled_once_by_content(tiny_dialect: Dialect) -> None:
     assert other is not first
 
 
+def test_threads_share_grammars_and_not_matchers(dialect_named: DialectNamed, walk: Walk) -> None:
+    dialect = dialect_named("tiny-hermes")
+    spec = TurnSpec((_PAINT, _WAIT), "required", parallel_tool_calls=True, max_calls=3)
+
+    def turn(seed: int) -> tuple[Grammar | None, list[int] | None]:
+        grammar = dialect.grammar(spec)
+        assert grammar is not None
+        rng = np.random.default_rng(seed % 4)
+        return grammar, walk(grammar, dialect.tokenizer, rng, canonical=seed % 8 < 4)
+
+    with ThreadPoolExecutor(8) as pool:
+        turns = list(pool.map(turn, range(32)))
+    assert len({id(grammar) for grammar, _ in turns}) == 1
+    for first, again in zip(turns[:8], turns[8:16], strict=True):
+        assert first == again
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("start: missing", "missing"),
+        ("start: /[/", "regex|unclosed"),
+        ("start: A\nA: /b/ & ~/b/", "allows no text at all"),
+        ("begin: /a/", "start"),
+    ],
+)
+def test_a_text_that_is_no_grammar_is_refused(
+    tiny_dialect: Dialect, source: str, message: str
+) -> None:
+    with pytest.raises(GrammarError, match=f"(?i){message}"):
+        tiny_dialect.compiler.compile_lark(source)
+
+
 def test_text_under_a_text_grammar_cannot_spell_a_marker(
-    dialect_named: Callable[[str], Dialect],
+    dialect_named: DialectNamed,
 ) -> None:
     for name, pieces in itertools.product(
         ("tiny-generic", "tiny-hermes"), (["<tool_call>"], ["<", "tool", "_call", ">"])
