@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic
@@ -66,7 +66,7 @@ class Core(Generic[DepsT]):
     async def open(self, history: History) -> None:
         """Open the model's side; go on from ``history`` (from its token log where that fits)."""
         resumes = history.resumes(self.model.name, tuple(self.runner.tools))
-        widest = self.plan().turn(self.runner.tools)
+        widest = self.plan().turn
         token_log = history.token_log if resumes else None
         model_session = await self.model.open(widest, token_log=token_log)
         sent = history.logged_messages if resumes else 0
@@ -189,6 +189,7 @@ class Core(Generic[DepsT]):
         output_type: Any = UNSET,
         tools: Sequence[str] | None = None,
         tool_choice: str | None = None,
+        args: Mapping[str, Any] | None = None,
         settings: ModelSettings | None = None,
         retries: int | None = None,
     ) -> StepPlan:
@@ -197,6 +198,7 @@ class Core(Generic[DepsT]):
             output_type=output_type,
             tools=tools,
             tool_choice=tool_choice,
+            args=args,
             settings=(
                 self.model.settings,
                 self.declaration.settings,

@@ -10,6 +10,7 @@ from dspark_agent.context import DepsT
 from dspark_agent.errors import UserError
 from dspark_agent.execution import ToolRunner
 from dspark_agent.limits import UsageLimits
+from dspark_agent.narrowing import narrowed
 from dspark_agent.output import Output
 from dspark_agent.settings import ModelSettings, merge_settings
 from dspark_agent.step import UNSET, OutputValidator, StepPlan
@@ -69,6 +70,7 @@ class Declaration(Generic[DepsT]):
         output_type: Any = UNSET,
         tools: Sequence[str] | None = None,
         tool_choice: str | None = None,
+        args: Mapping[str, Any] | None = None,
         settings: Sequence[ModelSettings | None] = (),
         retries: int | None = None,
     ) -> StepPlan:
@@ -82,13 +84,19 @@ class Declaration(Generic[DepsT]):
         if tools is None and tool_choice is None and not own_output:
             tools = ()
         names = self._choice(tools, tool_choice)
+        if args and tool_choice not in names:
+            raise UserError("args narrows one tool's arguments: name it with tool_choice")
         return StepPlan(
             output=self.output if own_output else Output(output_type),
-            tools=names,
             tool_choice=tool_choice or ("auto" if names else "none"),
             settings=merge_settings(*settings),
             retries=self.output_retries if retries is None else retries,
             validators=tuple(self.validators) if own_output else (),
+            tools=tuple(
+                narrowed(tool.definition, args) if args else tool.definition
+                for name, tool in self.tools.items()
+                if name in names
+            ),
         )
 
     def _choice(self, tools: Sequence[str] | None, tool_choice: str | None) -> tuple[str, ...]:

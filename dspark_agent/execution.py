@@ -14,7 +14,8 @@ from dspark_agent.context import DepsT, RunContext
 from dspark_agent.errors import ModelRetry, ToolFailed, ToolRetriesExceeded
 from dspark_agent.function_schema import validation_text
 from dspark_agent.messages import RetryPromptPart, ToolCallPart, ToolReturnPart
-from dspark_agent.tools import Tool
+from dspark_agent.output import complaints
+from dspark_agent.tools import Tool, ToolDefinition
 
 ToolPart = ToolReturnPart | RetryPromptPart
 OnResult = Callable[[int, ToolPart, float], Awaitable[None]]
@@ -46,7 +47,7 @@ class ToolRunner(Generic[DepsT]):
         self,
         calls: Sequence[ToolCallPart],
         *,
-        offered: Sequence[str],
+        offered: Mapping[str, ToolDefinition],
         ctx: RunContext[DepsT],
         count: RetryCount,
         on_result: OnResult,
@@ -54,7 +55,8 @@ class ToolRunner(Generic[DepsT]):
         """Run ``calls``; one result each, in order.
 
         Calls of one step run at the same time, but for those of ``sequential`` tools. ``offered``
-        are the tools of this step: any other is refused.
+        are the tools of this step by name, narrowed as the step narrows them: what does not fit
+        is refused.
 
         Raises:
             ToolRetriesExceeded: a tool asked for more retries in a row than it has.
@@ -92,7 +94,7 @@ class ToolRunner(Generic[DepsT]):
     async def _call(
         self,
         call: ToolCallPart,
-        offered: Sequence[str],
+        offered: Mapping[str, ToolDefinition],
         ctx: RunContext[DepsT],
         count: RetryCount,
     ) -> ToolPart:
@@ -109,6 +111,9 @@ class ToolRunner(Generic[DepsT]):
             arguments = tool.schema.validate(call.args)
         except ValidationError as error:
             return retry(f"Wrong arguments for {call.tool_name}:\n{validation_text(error)}")
+        narrowed = offered[call.tool_name].parameters
+        if narrowed is not tool.schema.parameters and (found := complaints(narrowed, call.args)):
+            return retry("\n".join(["Wrong arguments for this step:", *found]))
         own_ctx = replace(
             ctx,
             retry=count.by_tool.get(call.tool_name, 0),

@@ -107,7 +107,9 @@ class Output(Generic[T]):
                 raise ModelRetry(f'The answer must be {{"{WRAPPED_KEY}": ...}}')
             data = data[WRAPPED_KEY]
         if self._bare is not None:
-            _check_bare(self._bare, data)
+            found = complaints(self._bare.schema, data)
+            if found:
+                raise ModelRetry("\n".join(found))
             return data  # type: ignore[no-any-return]
         assert self._adapter is not None
         try:
@@ -169,22 +171,22 @@ def _describes_object(schema: Mapping[str, Any]) -> bool:
 def _wrap(schema: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "type": "object",
-        "properties": {WRAPPED_KEY: _moved(schema, f"#/properties/{WRAPPED_KEY}")},
+        "properties": {WRAPPED_KEY: moved(schema, f"#/properties/{WRAPPED_KEY}")},
         "required": [WRAPPED_KEY],
         "additionalProperties": False,
     }
 
 
-def _moved(schema: Any, pointer: str) -> Any:
+def moved(schema: Any, pointer: str) -> Any:
     """``schema`` with its references (JSON pointers) leading below ``pointer``."""
     if isinstance(schema, list):
-        return [_moved(item, pointer) for item in schema]
+        return [moved(item, pointer) for item in schema]
     if not isinstance(schema, Mapping):
         return schema
-    moved = {key: _moved(value, pointer) for key, value in schema.items()}
+    result = {key: moved(value, pointer) for key, value in schema.items()}
     if isinstance(schema.get("$ref"), str):
-        moved["$ref"] = pointer + schema["$ref"].removeprefix("#")
-    return moved
+        result["$ref"] = pointer + schema["$ref"].removeprefix("#")
+    return result
 
 
 def _check_references(schema: Any, root: Mapping[str, Any]) -> None:
@@ -208,13 +210,12 @@ def _check_references(schema: Any, root: Mapping[str, Any]) -> None:
         _check_references(value, root)
 
 
-def _check_bare(bare: JsonSchema, data: Any) -> None:
-    # An empty registry: references are never fetched from the network.
-    checker = jsonschema.validators.validator_for(bare.schema)
-    validator = checker(bare.schema, registry=referencing.Registry())
-    complaints = [
-        f"{error.json_path}: {error.message}"
-        for error in sorted(validator.iter_errors(data), key=lambda e: e.json_path)
-    ]
-    if complaints:
-        raise ModelRetry("\n".join(complaints))
+def complaints(schema: Mapping[str, Any], value: Any) -> list[str]:
+    """What jsonschema finds wrong with ``value``: ``path: what``, in the order of the paths.
+
+    References are looked up in ``schema`` only, never fetched.
+    """
+    checker = jsonschema.validators.validator_for(schema)
+    validator = checker(schema, registry=referencing.Registry())
+    errors = sorted(validator.iter_errors(value), key=lambda error: error.json_path)
+    return [f"{error.json_path}: {error.message}" for error in errors]

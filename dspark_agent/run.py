@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -104,10 +104,12 @@ class AgentRun(Generic[DepsT, OutT_co]):
         *,
         tools: Sequence[str] | None = None,
         tool_choice: str | None = None,
+        args: Mapping[str, Any] | None = None,
         settings: ModelSettings | None = None,
         limits: UsageLimits | None = None,
     ) -> StepResult[OutT_co]:
-        """The next model turn, with a choice of tools, settings and limits of its own.
+        """The next model turn, with a choice of tools (see :meth:`Session.step`), settings and
+        limits of its own.
 
         A refused turn comes back with its ``retry_reason``; the next one tries again.
 
@@ -123,6 +125,7 @@ class AgentRun(Generic[DepsT, OutT_co]):
             output_type=self._output_type,
             tools=tuple(core.runner.tools) if tools is None and not own else tools,
             tool_choice=tool_choice,
+            args=args,
             settings=settings,
         )
         with core.work(limits, self._work) as work:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Self, overload
 
@@ -76,6 +76,7 @@ class Session(Generic[DepsT, OutT]):
         *,
         tools: Sequence[str] | None = None,
         tool_choice: str | None = None,
+        args: Mapping[str, Any] | None = None,
         settings: ModelSettings | None = None,
         limits: UsageLimits | None = None,
         retries: int | None = None,
@@ -88,6 +89,7 @@ class Session(Generic[DepsT, OutT]):
         output_type: TypeForm[T],
         tools: Sequence[str] | None = None,
         tool_choice: str | None = None,
+        args: Mapping[str, Any] | None = None,
         settings: ModelSettings | None = None,
         limits: UsageLimits | None = None,
         retries: int | None = None,
@@ -100,6 +102,7 @@ class Session(Generic[DepsT, OutT]):
         output_type: JsonSchema,
         tools: Sequence[str] | None = None,
         tool_choice: str | None = None,
+        args: Mapping[str, Any] | None = None,
         settings: ModelSettings | None = None,
         limits: UsageLimits | None = None,
         retries: int | None = None,
@@ -111,6 +114,7 @@ class Session(Generic[DepsT, OutT]):
         output_type: Any = UNSET,
         tools: Sequence[str] | None = None,
         tool_choice: str | None = None,
+        args: Mapping[str, Any] | None = None,
         settings: ModelSettings | None = None,
         limits: UsageLimits | None = None,
         retries: int | None = None,
@@ -130,6 +134,8 @@ class Session(Generic[DepsT, OutT]):
             output_type: a type, ``SomeType | str`` (typed result or text), or a JsonSchema.
             tools: names of the tools to choose from; ``[]`` for none.
             tool_choice: ``auto``, ``required``, ``none``, or a tool's name.
+            args: arguments of the named tool that are decided already: a value, or a JsonSchema
+                that leaves the model less to choose, such as ``JsonSchema({"enum": paths})``.
             settings: over those of session, agent and model.
             limits: for this step alone, within the session's.
             retries: how often a refused output is asked for again; None takes the agent's.
@@ -144,6 +150,7 @@ class Session(Generic[DepsT, OutT]):
             output_type=output_type,
             tools=tools,
             tool_choice=tool_choice,
+            args=args,
             settings=settings,
             retries=retries,
         )

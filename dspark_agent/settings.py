@@ -15,7 +15,9 @@ class ModelSettings(TypedDict, total=False):
     ``repetition_penalty`` and ``forced`` (how tokens that a grammar determines are taken) exist
     in the embedded model only; a remote model refuses them. ``logit_bias`` maps token ids to
     what is added to their logits. ``stop_sequences`` end the turn and are not part of the text.
-    ``parallel_tool_calls``: whether one turn may hold several calls.
+    ``parallel_tool_calls``: whether one turn may hold several calls. ``retry_temperature``: the
+    temperature of a turn that follows a refused one, where greedy decoding of a small model would
+    only repeat itself; its seed is moved on by the step's number.
     """
 
     max_tokens: int
@@ -30,6 +32,7 @@ class ModelSettings(TypedDict, total=False):
     logit_bias: Mapping[int, float]
     stop_sequences: Sequence[str]
     parallel_tool_calls: bool
+    retry_temperature: float
     forced: Literal["canonical", "verify", "off"]
 
 

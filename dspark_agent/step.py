@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import Any, Final, Generic
@@ -15,7 +15,7 @@ from dspark_agent.metrics import StepMetrics
 from dspark_agent.models.base import ModelTurn
 from dspark_agent.output import Output
 from dspark_agent.settings import ModelSettings
-from dspark_agent.tools import Tool
+from dspark_agent.tools import ToolDefinition
 
 OutT_co = TypeVar("OutT_co", default=str, covariant=True)
 
@@ -47,13 +47,13 @@ UNSET: Final = Unset.UNSET
 class StepPlan:
     """What a step asks for, before limits and repeated calls narrow it.
 
-    ``tools`` are names out of the agent's; ``tool_choice`` is ``auto``, ``required``, ``none`` or
-    one of the names; ``retries`` is how often a refused output is asked for again;
-    ``validators`` look at the output after its type has.
+    ``tools`` are a choice of the agent's; ``tool_choice`` is ``auto``, ``required``, ``none`` or
+    the name of one; ``retries`` is how often a refused output is asked for again; ``validators``
+    look at the output after its type has.
     """
 
     output: Output[Any]
-    tools: tuple[str, ...]
+    tools: tuple[ToolDefinition, ...]
     tool_choice: str
     settings: ModelSettings
     retries: int
@@ -64,10 +64,11 @@ class StepPlan:
         """Whether the step must call a tool."""
         return self.tool_choice not in ("auto", "none")
 
-    def turn(self, tools: Mapping[str, Tool[Any]]) -> ModelTurn:
-        """What the model is told that it may emit; ``tools`` are the agent's."""
+    @property
+    def turn(self) -> ModelTurn:
+        """What the model is told that it may emit."""
         return ModelTurn(
-            tools=tuple(tools[name].definition for name in self.tools),
+            tools=self.tools,
             tool_choice=self.tool_choice if self.tools else "none",
             output_schema=None if self.needs_call else self.output.schema,
             allow_text=self.output.allow_text and not self.needs_call,

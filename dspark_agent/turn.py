@@ -93,17 +93,14 @@ class TurnTaker(Generic[DepsT]):
         self, conversation: Conversation, plan: StepPlan, budgets: Sequence[Budget]
     ) -> ModelTurn:
         barred = conversation.repeats.barred(budget.repeat_call_limit(budgets))
-        names = tuple(name for name in plan.tools if name not in barred)
-        if plan.needs_call and not names:
-            names = plan.tools  # the step's only way on stays open
+        tools = tuple(tool for tool in plan.tools if tool.name not in barred)
+        if plan.needs_call and not tools:
+            tools = plan.tools  # the step's only way on stays open
+        settings = _settings(conversation, plan.settings)
         limit = budget.output_tokens_left(budgets, self.usage)
-        capped = ModelSettings()
         if limit is not None:
-            capped["max_tokens"] = min(limit, plan.settings.get("max_tokens", limit))
-        return replace(
-            replace(plan, tools=names).turn(self.runner.tools),
-            settings=merge_settings(plan.settings, capped),
-        )
+            settings["max_tokens"] = min(limit, settings.get("max_tokens", limit))
+        return replace(replace(plan, tools=tools).turn, settings=settings)
 
     async def _run_calls(
         self,
@@ -124,7 +121,7 @@ class TurnTaker(Generic[DepsT]):
 
         parts = await self.runner.run(
             calls,
-            offered=turn.tool_names,
+            offered={tool.name: tool for tool in turn.tools},
             ctx=ctx,
             count=conversation.retries,
             on_result=on_result,
@@ -166,6 +163,17 @@ async def call_with_ctx(function: Callable[..., Any], ctx: RunContext[Any], *arg
     if isinstance(answer, Awaitable):
         return await answer
     return answer
+
+
+def _settings(conversation: Conversation, given: ModelSettings) -> ModelSettings:
+    """The turn's own settings: another temperature and seed after a refusal, if one is given."""
+    settings = merge_settings(given)
+    again = settings.pop("retry_temperature", None)
+    steps = conversation.steps
+    if again is not None and steps and steps[-1].retry_reason is not None:
+        settings["temperature"] = again
+        settings["seed"] = settings.get("seed", 0) + len(steps)
+    return settings
 
 
 def _refusal(parts: Sequence[ToolPart]) -> str | None:

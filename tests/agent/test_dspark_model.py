@@ -104,6 +104,20 @@ async def test_a_tool_call_streams_its_name_then_its_arguments(model: DSparkMode
 
 
 @pytest.mark.anyio
+async def test_arguments_that_are_decided_cost_no_choice(model: DSparkModel) -> None:
+    async with Agent(model, tools=[add]).session() as session:
+        free = await session.step("Add 2 and 3.", tool_choice="add")
+        fixed = await session.step("Add 4 and 5.", tool_choice="add", args={"a": 4, "b": 5})
+        some = await session.step(
+            "Add 6 and 7.", tool_choice="add", args={"b": JsonSchema({"enum": [70, 700]})}
+        )
+    assert fixed.tool_calls[0].args == {"a": 4, "b": 5}
+    assert fixed.metrics.cycles < free.metrics.cycles
+    assert isinstance(some.tool_calls[0].args, dict)
+    assert some.tool_calls[0].args["b"] in (70, 700)
+
+
+@pytest.mark.anyio
 async def test_a_seed_gives_the_same_text_whatever_runs_beside_it(model: DSparkModel) -> None:
     agent = Agent(model, model_settings={"temperature": 0.9, "seed": 11, "max_tokens": 16})
     alone = (await agent.run("Tell me about the sea.")).output

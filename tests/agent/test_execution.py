@@ -46,7 +46,7 @@ async def run(
 
     return await runner.run(
         calls,
-        offered=list(tools) if offered is None else offered,
+        offered={n: t.definition for n, t in tools.items() if offered is None or n in offered},
         ctx=RunContext(deps="deps", messages=(), usage=RunUsage()),
         count=count or RetryCount(),
         on_result=ignore,

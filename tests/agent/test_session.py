@@ -148,6 +148,57 @@ async def test_a_choice_that_cannot_be_is_an_error_at_once(
     assert script.turns == []
 
 
+async def test_arguments_that_are_decided_leave_the_model_the_rest() -> None:
+    agent, script = agent_on(call("edit_file", path="a", text="new"))
+    texts = JsonSchema({"enum": ["new", "old"]})
+    async with agent.session() as session:
+        step = await session.step("Go", tool_choice="edit_file", args={"path": "a", "text": texts})
+    assert step.tool_result == "a is now new"
+    assert script.turns[0].tools[0].parameters["properties"] == {
+        "path": {"const": "a"},
+        "text": {"enum": ["new", "old"]},
+    }
+
+
+async def test_a_model_that_ignores_decided_arguments_is_refused() -> None:
+    agent, _ = agent_on(call("read_file", path="b"), call("read_file", path="a"))
+    async with agent.session() as session:
+        step = await session.step("Go", tool_choice="read_file", args={"path": "a"})
+    assert (step.tool_result, step.attempts) == ("text of a", 2)
+    assert "'a' was expected" in str(session.steps[0].retry_reason)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"args": {"path": "a"}}, "name it with tool_choice"),
+        ({"args": {"path": "a"}, "tool_choice": "required"}, "name it with tool_choice"),
+        ({"args": {"file": "a"}, "tool_choice": "read_file"}, "no parameter 'file'; it has: path"),
+        ({"args": {"path": object()}, "tool_choice": "read_file"}, "no JSON value"),
+    ],
+)
+async def test_arguments_that_cannot_be_decided(options: dict[str, Any], says: str) -> None:
+    agent, _ = agent_on()
+    async with agent.session() as session:
+        with pytest.raises(UserError, match=says):
+            await session.step("Go", **options)
+
+
+async def test_after_a_refusal_another_temperature_breaks_the_circle() -> None:
+    agent, script = agent_on(
+        "no json", "no json", '{"title": "t", "size": 1}', "x", model_settings={"seed": 5}
+    )
+    async with agent.session(model_settings={"retry_temperature": 0.7}) as session:
+        await session.step("Plan", output_type=Plan, retries=2)
+        await session.step("Go", tools=[])
+    assert [turn.settings for turn in script.turns] == [
+        {"seed": 5},
+        {"seed": 6, "temperature": 0.7},
+        {"seed": 7, "temperature": 0.7},
+        {"seed": 5},
+    ]
+
+
 async def test_settings_go_from_the_general_to_the_particular() -> None:
     agent, script = agent_on("a", model_settings={"temperature": 0.1, "seed": 1})
     async with agent.session(model_settings={"seed": 2, "max_tokens": 5}) as session:
