@@ -60,8 +60,11 @@ class TurnParser:
     def flush(self) -> list[TurnEvent]:
         """The text that waited for what did not come; call it when the turn is over."""
         if self._read == self._beginning and self._waiting:
-            self._read = self._free_text if self._may_write_text else self._result
-            self.feed("")
+            if self._may_write_text:
+                self._read = self._free_text
+            elif self._has_result:
+                self._read = self._result
+                self._result()
         if self._read == self._free_text and self._waiting:
             self._say(self._waiting)
             self._waiting = ""
@@ -75,12 +78,15 @@ class TurnParser:
             GrammarError: the turn broke off inside a tool call or a result.
         """
         self.flush()
-        if self._read == self._beginning and not self._may_write_text:
+        if self._read == self._beginning and not self._may_write_text and not self._waiting:
             raise GrammarError("the turn is empty, where a tool call or a result was demanded")
         if self._read == self._result:
             return ParsedTurn(object=_value("".join(self._json)), has_object=True)
-        whole_call = self._read == self._between_calls and not self._waiting
-        if not (whole_call or self._read in (self._free_text, self._beginning)):
+        if self._waiting or self._read not in (
+            self._beginning,
+            self._free_text,
+            self._between_calls,
+        ):
             raise GrammarError(
                 f"the turn breaks off inside tool call {len(self._calls)}"
                 f" ({self._name or 'before its name'}): give the step more tokens"

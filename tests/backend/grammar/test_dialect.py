@@ -247,6 +247,23 @@ def test_what_may_be_a_marker_waits_and_is_text_when_it_is_not(
     assert parser.finish().text == "Hello \n<tool_cups> and \n"
 
 
+@pytest.mark.parametrize("text", ["<", "{", "<tool_call", '{"name": "edit', "```json\n{", "\n"])
+def test_a_beginning_that_comes_to_nothing_is_text_to_listeners_too(
+    dialect_named: DialectNamed, text: str
+) -> None:
+    turn = ParsedTurn(text)
+    assert streamed(dialect_named("tiny-generic"), SPECS["auto"], [text]) == (turn, turn)
+
+
+def test_a_result_that_begins_like_a_call_is_told_to_listeners(tiny_dialect: Dialect) -> None:
+    spec = TurnSpec(TOOLS, output_schema={"type": "object"} | RESULT, allow_text=False)
+    turn = ParsedTurn(object={}, has_object=True)
+    parser = tiny_dialect.parser(spec)
+    assert parser.feed("{") == []
+    assert parser.feed("}") == [ObjectDelta("{}")]
+    assert parser.finish() == turn
+
+
 def test_a_call_is_told_as_it_is_written(dialect_named: DialectNamed) -> None:
     parser = dialect_named("tiny-hermes").parser(SPECS["required"])
     assert parser.feed('<tool_call>\n{"name": "edit_') == []
@@ -329,6 +346,7 @@ def test_beside_a_result_a_bare_call_is_told_by_its_keys(tiny_dialect: Dialect) 
 
 BROKEN = {
     "inside the arguments": ('<tool_call>\n{"name": "edit_file", "arguments": {"pa', "breaks off"),
+    "inside the marker": ("<tool_c", "breaks off inside tool call 0"),
     "inside the name": ('<tool_call>\n{"name": "edit', "breaks off inside tool call 0"),
     "an unknown tool": ('<tool_call>\n{"name": "rm", ', "in place of a call of one of the tools"),
     "other keys": ('<tool_call>\n{"tool": "edit_file"', "in place of a call"),
