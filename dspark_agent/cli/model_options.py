@@ -60,7 +60,8 @@ def open_model(
 
     from dspark_agent import DSparkModel
 
-    with model_bars() as bars:
+    note = f"loading {name} (a machine's first load compiles the kernels, half a minute)"
+    with err().status(note), model_bars() as bars:
         opened = DSparkModel(name, precision=precision, threads=threads, progress=bars)
         engine = anyio.run(opened.load)
     err().print(f"[note]{engine.name}, {engine.precision}[/]")
