@@ -60,6 +60,7 @@ class TurnTaker(Generic[DepsT]):
         response = await self.model.step(conversation.unsent, turn, relay.on_model)
         conversation.heard(response)
         self.usage.add_turn(response.usage)
+        ctx = replace(ctx, messages=tuple(conversation.messages))
 
         value: Any = UNSET
         reason: str | None = None

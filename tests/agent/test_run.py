@@ -77,6 +77,7 @@ async def test_deps_reach_tools_and_validators_and_both_can_refuse() -> None:
         seen.append(ctx.retry)
         if ctx.retry == 0:
             raise ModelRetry("another word")
+        assert ctx.messages[-1].parts[0].part_kind == "tool-call"
         return f"{word} {ctx.deps['n']} {ctx.run_step} {ctx.usage.requests}"
 
     @agent.output_validator
