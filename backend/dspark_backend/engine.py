@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,6 @@ import torch
 from dspark_backend.catalog import ModelFiles, ProgressSink, resolve
 from dspark_backend.checkpoint.config import TargetConfig
 from dspark_backend.errors import (
-    CapacityError,
     ContextLengthError,
     EngineClosedError,
     RequestError,
@@ -24,13 +22,15 @@ from dspark_backend.grammar.compile import Grammar
 from dspark_backend.grammar.dialect import Dialect, dialect_for
 from dspark_backend.handle import StepHandle
 from dspark_backend.kernels import jit
-from dspark_backend.kv.contiguous import KVBudget, SequenceKV
-from dspark_backend.kv.prefix import PrefixCache
-from dspark_backend.request import FinishReason, StepOutcome, StepRequest
+from dspark_backend.kv.contiguous import SequenceKV
+from dspark_backend.kv.pool import SequencePool
+from dspark_backend.loop import StepLoop
+from dspark_backend.request import StepOutcome, StepRequest
 from dspark_backend.running import RunningStep
-from dspark_backend.scheduler import Limits, plan
+from dspark_backend.scheduler import Limits
 from dspark_backend.session import Session
-from dspark_backend.target.batch import Batch, Rows
+from dspark_backend.speculation.budget import Budget
+from dspark_backend.speculation.protocol import Drafter
 from dspark_backend.target.decoder import Decoder
 from dspark_backend.target.load import load_decoder
 from dspark_backend.target.precision import Precision, default_precision
@@ -56,7 +56,11 @@ class Engine:
         threads: int,
         kv_bytes: int,
         limits: Limits,
+        drafter: Drafter | None = None,
+        budget: Budget | None = None,
     ) -> None:
+        """``drafter`` turns speculation on; ``budget`` says how much of a block is verified, the
+        whole of it when left out."""
         self.files = files
         self.name = files.name
         self.config: TargetConfig = files.config
@@ -65,16 +69,13 @@ class Engine:
         self.threads = threads
         self.max_context = decoder.max_positions
         self.lock = threading.RLock()
-        self._decoder = decoder
-        self._limits = limits
-        self._budget = KVBudget(kv_bytes)
-        self._prefixes = PrefixCache(kv_bytes // 4)
+        draft_shape = None if drafter is None else drafter.context_shape
+        self._pool = SequencePool(decoder.kv_shape, draft_shape, kv_bytes)
+        self._loop = StepLoop(decoder, self._pool, threads, limits, drafter, budget, self._retire)
         self._sessions: set[Session] = set()
-        self._queued: list[RunningStep] = []
-        self._running: list[RunningStep] = []
         self._work = threading.Condition(self.lock)
         self._closing = False
-        self._thread = threading.Thread(target=self._loop, name="dspark-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="dspark-engine", daemon=True)
         self._thread.start()
 
     @classmethod
@@ -134,7 +135,7 @@ class Engine:
         """An empty session. Raises EngineClosedError."""
         with self.lock:
             self._check_open()
-            return self._adopt(SequenceKV(self._decoder.kv_shape, self._budget))
+            return self._adopt(self._pool.new())
 
     def submit(
         self,
@@ -157,7 +158,7 @@ class Engine:
             self._check(session, request)
             step = RunningStep(session, request, self.tokenizer, self.config.vocab_size, on_event)
             session.running = step
-            self._queued.append(step)
+            self._loop.queued.append(step)
             self._work.notify()
             return StepHandle(step)
 
@@ -169,7 +170,7 @@ class Engine:
         """Cancel what runs, free the memory, end the thread. Idempotent."""
         with self.lock:
             self._closing = True
-            for step in (*self._queued, *self._running):
+            for step in (*self._loop.queued, *self._loop.running):
                 step.cancel()
             self._work.notify()
         if threading.current_thread() is not self._thread:
@@ -177,7 +178,7 @@ class Engine:
         with self.lock:
             for session in list(self._sessions):
                 session.close()
-            self._prefixes.clear()
+            self._pool.clear()
 
     def __enter__(self) -> Engine:
         return self
@@ -188,17 +189,14 @@ class Engine:
     @property
     def kv_used_bytes(self) -> int:
         """KV memory held by sessions and the prefix cache."""
-        return self._budget.used_bytes
+        return self._pool.used_bytes
 
     # -- what sessions need (SessionOwner) ---------------------------------------------------
 
     def fork(self, session: Session) -> Session:
         """See :meth:`Session.fork`."""
         self._check_open()
-        kv = SequenceKV(self._decoder.kv_shape, self._budget)
-        self._make_room(kv, session.kv.length)
-        kv.copy_prefix(session.kv, session.kv.length)
-        twin = self._adopt(kv)
+        twin = self._adopt(self._pool.copy(session.kv))
         twin.log.extend(session.log)
         return twin
 
@@ -207,101 +205,36 @@ class Engine:
         if session.running is None:
             self._retire(session)
 
-    # -- the loop ----------------------------------------------------------------------------
+    # -- the engine's own thread -------------------------------------------------------------
 
-    def _loop(self) -> None:
+    def _run(self) -> None:
         torch.set_num_threads(self.threads)
         with torch.inference_mode():
-            while True:
-                with self.lock:
-                    while not (self._queued or self._running or self._closing):
-                        self._work.wait()
-                    if self._closing and not (self._queued or self._running):
-                        return
+            while self._wait_for_work():
                 self._iterate()
 
-    def _iterate(self) -> None:
-        """One pass: schedule, propose, run the target, verify and commit."""
+    def _wait_for_work(self) -> bool:
+        """False when the engine is closing and nothing is left to end."""
         with self.lock:
-            self._drop_cancelled()
-            self._admit()
-            chosen = self._schedule()
+            while self._loop.idle and not self._closing:
+                self._work.wait()
+            return not self._loop.idle
+
+    def _iterate(self) -> None:
+        with self.lock:
+            chosen = self._loop.schedule(list(self._sessions))
         if not chosen:
             return
-        started = time.perf_counter()
-        batch = Batch([rows for _, rows in chosen])
-        with jit.threads(self.threads):
-            result = self._decoder.forward(batch)
-        seconds = time.perf_counter() - started
-        with self.lock:
-            first = 0
-            for step, rows in chosen:
-                logits = result.logits[first : first + rows.logits]
-                first += rows.logits
-                self._guarded(step, partial(_commit, step, rows, logits, seconds))
-            self._running = [step for step in self._running if not step.finished]
-
-    def _drop_cancelled(self) -> None:
-        for step in (*self._queued, *self._running):
-            if step.cancelled:
-                self._guarded(step, partial(step.finish, FinishReason.CANCELLED))
-        self._queued = [step for step in self._queued if not step.finished]
-        self._running = [step for step in self._running if not step.finished]
-
-    def _admit(self) -> None:
-        while self._queued and len(self._running) < self._limits.running:
-            step = self._queued.pop(0)
-            self._guarded(step, partial(self._start, step))
-            if not step.finished:
-                self._running.append(step)
-
-    def _start(self, step: RunningStep) -> None:
-        session = step.session
-        if session.kv.length == 0:
-            others = [(s.log, s.kv) for s in self._sessions if s is not session]
-            source, shared = self._prefixes.longest(session.log, others)
-            # One token is computed in any case: its logits are what the step goes on from.
-            shared = min(shared, len(session.log) - 1)
-            if source is not None and shared > 0:
-                self._make_room(session.kv, shared)
-                session.kv.copy_prefix(source, shared)
-        step.admit()
-        step.begin()
-
-    def _schedule(self) -> list[tuple[RunningStep, Rows]]:
-        ready = []
-        for step in self._running:
-            self._guarded(step, step.propose)
-        self._running = [step for step in self._running if not step.finished]
-        counts = plan([step.pending for step in self._running], self._limits)
-        for step, count in zip(self._running, counts, strict=True):
-            if not count:
-                continue
-            kv = step.session.kv
-            self._guarded(step, partial(self._make_room, kv, kv.length + count))
-            if not step.finished:
-                wanted = 1 + len(step.drafts) if count == step.pending else 0
-                ready.append((step, Rows(kv, step.rows(count), wanted)))
-        self._running = [step for step in self._running if not step.finished]
-        return ready
-
-    def _guarded(self, step: RunningStep, work: Callable[[], None]) -> None:
-        """Whatever a step dies of is that step's own error: its neighbours go on."""
         try:
-            work()
+            result, seconds = self._loop.run(chosen)
         except Exception as error:
-            if not step.finished:
-                step.fail(error)
-        if step.finished and step.session.closed:
-            self._retire(step.session)
+            with self.lock:
+                self._loop.fail(chosen, error)
+            return
+        with self.lock:
+            self._loop.commit(chosen, result, seconds)
 
-    # -- memory and checks -------------------------------------------------------------------
-
-    def _make_room(self, kv: SequenceKV, length: int) -> None:
-        """Reserve ``length`` positions, giving up kept prefixes for it. Raises CapacityError."""
-        while not self._budget.fits(kv.capacity_bytes_for(length)) and self._prefixes.evict():
-            pass
-        kv.reserve(length)
+    # -- sessions and checks -----------------------------------------------------------------
 
     def _adopt(self, kv: SequenceKV) -> Session:
         session = Session(kv, self)
@@ -311,7 +244,7 @@ class Engine:
     def _retire(self, session: Session) -> None:
         if session in self._sessions:
             self._sessions.discard(session)
-            self._prefixes.keep(session.log, session.kv)
+            self._pool.retire(session.log, session.kv)
 
     def _check_open(self) -> None:
         if self._closing:
@@ -340,22 +273,12 @@ class Engine:
                 f"{request.max_new_tokens} to write), the context holds {self.max_context}: "
                 "ask for fewer, shorten the prompt, or load the engine with a larger max_context"
             )
-        if self._decoder.kv_shape.bytes_per_token * needed > self._budget.limit_bytes:
-            raise CapacityError(
-                f"the step needs {needed} positions, more than all of kv_bytes "
-                f"({self._budget.limit_bytes / 2**20:.0f} MiB) holds; raise kv_bytes"
-            )
+        self._pool.check_fits(needed)
         if request.grammar is not None and request.grammar.words != _words(self.config.vocab_size):
             raise RequestError(
                 f"the grammar was compiled for {request.grammar.words * 32} tokens, the model "
                 f"has {self.config.vocab_size}: compile it with this engine"
             )
-
-
-def _commit(step: RunningStep, rows: Rows, logits: torch.Tensor, seconds: float) -> None:
-    step.computed(len(rows.tokens), seconds)
-    if rows.logits:
-        step.advance(logits)
 
 
 def _words(vocab_size: int) -> int:

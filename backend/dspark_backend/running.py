@@ -12,6 +12,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,13 +23,16 @@ from dspark_backend.metrics import EngineMetrics
 from dspark_backend.request import FinishReason, ForcedMode, StepOutcome, StepRequest
 from dspark_backend.sampling.sampler import Sampler
 from dspark_backend.sampling.stop import StopStrings
+from dspark_backend.speculation.block import FORCED, Block, constrained, unconstrained
+from dspark_backend.speculation.budget import Budget
+from dspark_backend.speculation.protocol import Proposal
 
 if TYPE_CHECKING:
     from dspark_backend.grammar.matcher import Matcher
     from dspark_backend.session import Session
     from dspark_backend.tokenizer import Tokenizer
 
-MODEL, FORCED = "model", "forced"
+MODEL = "model"
 
 
 class RunningStep:
@@ -45,7 +50,7 @@ class RunningStep:
         self.session = session
         self.request = request
         self.metrics = EngineMetrics()
-        self.drafts: list[int] = []
+        self.block = Block()
         self.finished = False
         self.events: queue.SimpleQueue[StepEvent] = queue.SimpleQueue()
         self.over = threading.Event()
@@ -77,7 +82,7 @@ class RunningStep:
     @property
     def pending(self) -> int:
         """Committed tokens whose keys and values are not computed yet, plus the drafts on top."""
-        return len(self.session.log) - self.session.kv.length + len(self.drafts)
+        return len(self.session.log) - self.session.kv.length + len(self.block.tokens)
 
     @property
     def cancelled(self) -> bool:
@@ -102,7 +107,7 @@ class RunningStep:
         """The first ``count`` tokens to compute: committed ones, then drafts."""
         first = self.session.kv.length
         waiting = self.session.log[first : first + count]
-        return waiting + self.drafts[: count - len(waiting)]
+        return [*waiting, *self.block.tokens[: count - len(waiting)]]
 
     # -- what the loop tells -----------------------------------------------------------------
 
@@ -111,14 +116,44 @@ class RunningStep:
         if self._matcher is not None and self.request.forced is ForcedMode.CANONICAL:
             self._commit_forced(self._matcher)
 
-    def propose(self) -> None:
-        """Draft what the grammar forces, where forced tokens are verified and not taken."""
-        if self._matcher is None or self.request.forced is not ForcedMode.VERIFY:
+    @property
+    def room(self) -> int:
+        """Drafts that can be of use: the token after the last of them must fit as well."""
+        return self.request.max_new_tokens - self.new_tokens - 1
+
+    @property
+    def draftable(self) -> bool:
+        """Whether a drafter can go on from here: all but the last committed token is computed,
+        and nobody has proposed yet."""
+        alone = len(self.session.log) == self.session.kv.length + 1
+        return alone and not self._prefilling and self.room > 0 and not self.block.tokens
+
+    def clear(self) -> None:
+        """Before a pass: an empty block, or what the grammar forces where that is verified."""
+        matcher, self.block = self._matcher, Block()
+        if matcher is None:
             return
         started = time.perf_counter()
-        room = self.request.max_new_tokens - self.new_tokens - 1
-        self.drafts = self._matcher.forced()[: max(room, 0)]
+        verify = self.request.forced is ForcedMode.VERIFY
+        self._lay_out(matcher, matcher.forced() if verify else [], FORCED)
         self.metrics.grammar_s += time.perf_counter() - started
+
+    def propose(self, proposal: Proposal, budget: Budget, seconds: float) -> None:
+        """Take a drafter's proposal as far as the budget and the grammar let it; ``seconds`` is
+        what drafting cost."""
+        self.metrics.draft_s += seconds
+        drafts = proposal.tokens[: budget.take(proposal.survival, self.room)]
+        if self._matcher is None:
+            self.block = unconstrained(drafts, proposal.source)
+            return
+        started = time.perf_counter()
+        self._lay_out(self._matcher, drafts, proposal.source)
+        self.metrics.grammar_s += time.perf_counter() - started
+
+    def _lay_out(self, matcher: Matcher, drafts: Sequence[int], source: str) -> None:
+        canonical = self.request.forced is ForcedMode.CANONICAL
+        room = max(self.room, 0)
+        self.block = constrained(matcher, drafts, source, canonical=canonical, room=room)
 
     def computed(self, rows: int, seconds: float) -> None:
         """A pass computed the next ``rows`` tokens; those that are in the log are done."""
@@ -143,17 +178,18 @@ class RunningStep:
         Raises GrammarError when the grammar allows nothing or dies; the step is to fail then.
         """
         self.metrics.cycles += 1
-        masks = self._masks()
+        block = self.block
         started = time.perf_counter()
-        acceptance = self._sampler.verify(logits, self.drafts, masks)
+        acceptance = self._sampler.verify(logits, block.tokens, block.masks)
         self.metrics.verify_s += time.perf_counter() - started
-        accepted, drafts = acceptance.accepted, self.drafts
-        self.drafts = []
-        self._proposed[FORCED] += len(drafts)
-        self._accepted[FORCED] += accepted
-        self.session.kv.length += accepted
-        if accepted:
-            self._commit(drafts[:accepted], FORCED)
+        self.block = Block()
+        self._proposed.update(block.sources)
+        self._accepted.update(block.sources[: acceptance.accepted])
+        self.session.kv.length += acceptance.accepted
+        accepted = zip(block.sources, block.tokens[: acceptance.accepted], strict=False)
+        for source, run in groupby(accepted, key=itemgetter(0)):
+            if not self.finished:
+                self._commit([token for _, token in run], source)
         if not self.finished:
             self._commit([acceptance.next_token], MODEL)
         canonical = self.request.forced is ForcedMode.CANONICAL
@@ -184,24 +220,6 @@ class RunningStep:
         return len(self.session.log) - self._start
 
     # -- the rules ---------------------------------------------------------------------------
-
-    def _masks(self) -> list[torch.Tensor | None] | None:
-        """The legal tokens after the log and after each draft; one row more than drafts."""
-        matcher = self._matcher
-        if matcher is None:
-            return None
-        started = time.perf_counter()
-        masks: list[torch.Tensor | None] = []
-        legal = matcher.accepts_prefix(self.drafts)
-        for index in range(legal + 1):
-            row = torch.empty(matcher.words, dtype=torch.int32)
-            matcher.fill_mask(row)
-            masks.append(row)
-            if index < legal:
-                matcher.accept(self.drafts[index : index + 1])
-        matcher.rollback(legal)
-        self.metrics.grammar_s += time.perf_counter() - started
-        return masks
 
     def _commit_forced(self, matcher: Matcher) -> None:
         started = time.perf_counter()
@@ -274,7 +292,7 @@ class RunningStep:
         m.overhead_s = max(0.0, m.total_s - named)
 
     def _release(self) -> None:
-        self.drafts = []
+        self.block = Block()
         self.session.running = None
 
     def _emit(self, event: StepEvent) -> None:

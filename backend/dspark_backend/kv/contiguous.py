@@ -53,12 +53,16 @@ class SequenceKV:
     ``keys`` and ``values`` are float32 ``[layers, kv_heads, capacity, head_dim]``; what lies past
     ``length`` is meaningless and may be overwritten. Views taken of them are valid until the next
     ``reserve``. Not thread-safe: the engine's loop is the only writer.
+
+    ``draft`` is the drafter's context of the same sequence, where there is a drafter: it is
+    truncated, copied and closed along with this one, so neither can outlive or outrun the other.
     """
 
     GRAIN = 256  # positions; capacity is a multiple of it
 
-    def __init__(self, shape: KVShape, budget: KVBudget) -> None:
+    def __init__(self, shape: KVShape, budget: KVBudget, draft: SequenceKV | None = None) -> None:
         self.shape = shape
+        self.draft = draft
         self.length = 0
         self._budget = budget
         self._closed = False
@@ -68,14 +72,23 @@ class SequenceKV:
     def capacity(self) -> int:
         return int(self.keys.shape[2])
 
+    @property
+    def held_bytes(self) -> int:
+        """Budget held, the draft context's included."""
+        own = self.capacity * self.shape.bytes_per_token
+        return own if self.draft is None else own + self.draft.held_bytes
+
     def capacity_bytes_for(self, length: int) -> int:
         """Bytes of budget that ``reserve(length)`` would take on top of what is held."""
+        more = 0 if self.draft is None else self.draft.capacity_bytes_for(length)
         if length <= self.capacity:
-            return 0
-        return (self._grown(length) - self.capacity) * self.shape.bytes_per_token
+            return more
+        return more + (self._grown(length) - self.capacity) * self.shape.bytes_per_token
 
     def reserve(self, length: int) -> None:
-        """Make room for ``length`` positions. Raises CapacityError and changes nothing then."""
+        """Make room for ``length`` positions. Raises CapacityError; what is there stays then."""
+        if self.draft is not None:
+            self.draft.reserve(length)
         if length <= self.capacity:
             return
         capacity = self._grown(length)
@@ -90,6 +103,8 @@ class SequenceKV:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate {self.length} positions to {length}")
         self.length = length
+        if self.draft is not None:
+            self.draft.truncate(min(self.draft.length, length))
 
     def copy_prefix(self, source: SequenceKV, length: int) -> None:
         """Become positions ``0 .. length - 1`` of ``source``; this sequence must be empty."""
@@ -101,6 +116,10 @@ class SequenceKV:
         self.keys[:, :, :length] = source.keys[:, :, :length]
         self.values[:, :, :length] = source.values[:, :, :length]
         self.length = length
+        if self.draft is not None:
+            if source.draft is None:
+                raise ValueError("the source has no draft context to copy")
+            self.draft.copy_prefix(source.draft, length)
 
     def close(self) -> None:
         """Give the memory back. Idempotent."""
@@ -109,6 +128,8 @@ class SequenceKV:
             self._budget.give_back(self.capacity * self.shape.bytes_per_token)
             self.keys, self.values = self._allocate(0)
             self.length = 0
+            if self.draft is not None:
+                self.draft.close()
 
     def _grown(self, length: int) -> int:
         # Doubling up to 4 Ki positions, then by a quarter: long contexts should not hold twice

@@ -71,7 +71,7 @@ class PrefixCache:
 
     @property
     def held_bytes(self) -> int:
-        return sum(kv.capacity * kv.shape.bytes_per_token for kv in self._kept.values())
+        return sum(kv.held_bytes for kv in self._kept.values())
 
     def clear(self) -> None:
         while self.evict():
