@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -81,43 +79,54 @@ class DraftModel(nn.Module):
                 latent, state = head.step(hidden[..., k, :], previous[..., k, :], state)
                 steps.append(latent)
             latents = torch.stack(steps, dim=-2)
-        if self.confidence_head is None:
-            return latents, hidden.new_zeros(hidden.shape[:-1])
-        seen = previous if self.config.confidence_with_markov else None
-        confidence: Tensor = self.confidence_head(hidden, seen)
-        return latents, confidence
+        return latents, self._confidence(hidden, previous)
+
+    def base_logits(self, hidden: Tensor) -> Tensor:
+        """``lm_head(h)`` over the draft vocabulary, [..., output_size] in lm_head's dtype."""
+        return nn.functional.linear(hidden.to(self.lm_head.dtype), self.lm_head)
+
+    def bias(self, latents: Tensor) -> Tensor:
+        """``W2 . latent``, as :meth:`base_logits`. Raises ValueError without a Markov head."""
+        if self.markov_head is None:
+            raise ValueError("this drafter has no Markov head")
+        dtype = self.lm_head.dtype
+        w2 = self.markov_head.markov_w2.weight
+        return nn.functional.linear(latents.to(dtype), w2.to(dtype))
 
     def logits(self, hidden: Tensor, latents: Tensor | None) -> Tensor:
-        """``lm_head(h) + W2 . latent``, float32 [..., output_size], products in lm_head's dtype."""
-        dtype = self.lm_head.dtype
-        base = nn.functional.linear(hidden.to(dtype), self.lm_head).float()
-        if self.markov_head is None or latents is None:
-            return base
-        w2 = self.markov_head.markov_w2.weight
-        return base.add_(nn.functional.linear(latents.to(dtype), w2.to(dtype)))
+        """``lm_head(h) + W2 . latent``, float32 [..., output_size]."""
+        base = self.base_logits(hidden).float()
+        return base if latents is None else base.add_(self.bias(latents))
 
     @torch.no_grad()
-    def draft(
-        self, features: Tensor, anchor_tokens: Sequence[int], d2t: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Greedy drafts for sequences whose anchor follows their last feature.
+    def chain(
+        self, hidden: Tensor, anchor_tokens: Tensor, d2t: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The sequential stage, greedily: every slot sees the drafts before it.
 
-        ``features`` [B, T, feature_size]. Returns target ids int64 [B, g], logits
-        [B, g, output_size] and confidences [B, g].
+        ``hidden`` [N, g, d], ``anchor_tokens`` int64 [N]. Returns drafts as target ids int64
+        [N, g] and the logits of their confidences [N, g].
         """
-        batch, start = features.shape[:2]
-        device = features.device
-        token = torch.tensor(anchor_tokens, device=device)
-        hidden = self.hidden(features, token[:, None], torch.full((batch, 1), start, device=device))
-        hidden = hidden[:, 0]
-        known = token[:, None]
-        rows: list[Tensor] = []
-        sure = torch.empty(0)
-        for k in range(self.config.block_size):
-            latents, sure = self.latents(hidden[:, : k + 1], known)
-            last = None if latents is None else latents[:, -1]
-            rows.append(self.logits(hidden[:, k], last))
-            chosen = rows[-1].argmax(dim=-1)
-            chosen = chosen if d2t is None else d2t[chosen]
-            known = torch.cat([known, chosen[:, None]], dim=1)
-        return known[:, 1:], torch.stack(rows, dim=1), torch.sigmoid(sure)
+        base = self.logits(hidden, None)
+        head = self.markov_head
+        state = hidden if head is None else head.start(hidden[:, 0])
+        token, drafts, sure = anchor_tokens, [], []
+        for k in range(hidden.shape[1]):
+            previous: Tensor | None = None
+            row = base[:, k]
+            if head is not None:
+                previous = head.markov_w1(token)
+                latent, state = head.step(hidden[:, k], previous, state)
+                row = row + self.bias(latent)
+            sure.append(self._confidence(hidden[:, k], previous))
+            token = row.argmax(dim=-1)
+            token = token if d2t is None else d2t[token]
+            drafts.append(token)
+        return torch.stack(drafts, dim=1), torch.stack(sure, dim=1)
+
+    def _confidence(self, hidden: Tensor, previous: Tensor | None) -> Tensor:
+        if self.confidence_head is None:
+            return hidden.new_zeros(hidden.shape[:-1])
+        seen = previous if self.config.confidence_with_markov else None
+        logit: Tensor = self.confidence_head(hidden, seen)
+        return logit

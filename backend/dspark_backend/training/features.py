@@ -85,6 +85,7 @@ class DecoderFeatures:
         tokens, first = rollout.tokens, len(rollout.prompt)
         kv = SequenceKV(self._decoder.kv_shape, self._budget)
         features, outside, greedy = [], [], []
+        threads = torch.get_num_threads()
         try:
             kv.reserve(len(tokens))
             for start in range(0, len(tokens), CHUNK_ROWS):
@@ -101,6 +102,8 @@ class DecoderFeatures:
                 greedy.append(result.logits.argmax(dim=-1))
         finally:
             kv.close()
+            # Numba's OpenMP layer sets the number of threads that torch goes by as well.
+            torch.set_num_threads(threads)
         stream = torch.cat(features)
         width = self._config.hidden_size
         last = np.ascontiguousarray(stream[first - 1 : -1, -width:].numpy())

@@ -16,6 +16,9 @@ from torch.nn import functional
 from dspark_backend.drafter.model import DraftModel
 from dspark_backend.training.blocks import Blocks
 
+# Rows of logits that are worked on at once on a CPU: a handful of 12k floats fit the second cache.
+_CPU_ROWS = 8
+
 
 @dataclass(frozen=True, slots=True)
 class LossWeights:
@@ -67,21 +70,22 @@ def backward(
     right = torch.zeros(blocks.tokens.shape, dtype=torch.bool, device=device)
     cross_entropy = torch.zeros((), device=device)
     for index, example in enumerate(blocks.examples):
-        rows = blocks.rows[index].to(device).flatten()
-        labels = draft_ids[blocks.tokens[index].to(device)].flatten()
-        target = _target_probabilities(
-            example.hidden.to(device), target_head, example.outside.to(device)
-        )
         with torch.no_grad():
             piece = None if latents is None else latents[index].flatten(0, 1)
-            logits = model.logits(hidden[index].flatten(0, 1), piece).float()
-            loss = _distribution_loss(
-                logits, target[rows], labels, slot_weights[index].flatten(), weights
+            loss = distribution_loss(
+                base=model.base_logits(hidden[index].flatten(0, 1)),
+                bias=None if piece is None else model.bias(piece),
+                target=_target_logits(example.hidden.to(device), target_head),
+                outside=example.outside.to(device),
+                rows=blocks.rows[index].to(device).flatten(),
+                labels=draft_ids[blocks.tokens[index].to(device)].flatten(),
+                slot_weights=slot_weights[index].flatten(),
+                weights=weights,
             )
             _accumulate(model, index, loss.grad, hidden_grad, latents_grad, latents)
         variation[index] = loss.variation.view_as(variation[index])
-        greedy = draft_ids[example.greedy.to(device)][rows]
-        right[index] = (loss.best == greedy).view_as(right[index])
+        greedy = draft_ids[example.greedy.to(device)][blocks.rows[index].to(device)]
+        right[index] = loss.best.view_as(greedy) == greedy
         cross_entropy += loss.cross_entropy
     surviving = 1 - 0.5 * variation
     sure = functional.binary_cross_entropy_with_logits(
@@ -113,9 +117,10 @@ def backward(
 
 
 @dataclass(frozen=True, slots=True)
-class _Distribution:
-    """``grad`` [N, D] of the weighted loss by the logits; ``variation`` float32 [N] per slot;
-    ``best`` int64 [N], the most likely draft id; ``cross_entropy`` weighted, scalar."""
+class Distribution:
+    """``grad`` [N, D] of the weighted loss by the logits, in the logits' dtype; ``variation``
+    float32 [N] per slot; ``best`` int64 [N], the most likely draft id; ``cross_entropy`` weighted,
+    a scalar."""
 
     grad: Tensor
     variation: Tensor
@@ -123,40 +128,60 @@ class _Distribution:
     cross_entropy: Tensor
 
 
-def _distribution_loss(
-    logits: Tensor, target: Tensor, labels: Tensor, slot_weights: Tensor, weights: LossWeights
-) -> _Distribution:
-    """Loss and gradient in closed form: the logits are the bulk of a step, and autograd would keep
-    several copies of them.
+def distribution_loss(
+    base: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    outside: Tensor,
+    rows: Tensor,
+    labels: Tensor,
+    slot_weights: Tensor,
+    weights: LossWeights,
+) -> Distribution:
+    """Loss and gradient of one example's N slots in closed form.
 
-    d CE / d z = p - onehot; d sum|p - t| / d z = p (s - p . s) with s = sign(p - t).
-    A label that the drafter cannot say (-1) has no cross-entropy.
+    ``base`` and ``bias`` [N, D]: the two parts of the draft's logits (``base`` is overwritten);
+    ``target`` [A, D] logits of the target, ``outside`` float32 [A], of which slot i reads row
+    ``rows[i]``; ``labels`` int64 [N], -1 for what the drafter cannot say (no cross-entropy then).
+
+    d CE / d z = p - onehot; d sum|p - t| / d z = p (s - p . s) with s = sign(p - t). Autograd would
+    keep several copies of the logits, which are the bulk of a step; a few rows at a time stay in a
+    CPU's cache besides.
     """
-    p = torch.softmax(logits, dim=-1)
-    best = p.argmax(dim=-1)
-    difference = p - target
-    # What the target gives to tokens out of reach counts too: p is 0 there.
-    outside = 1 - target.sum(dim=-1)
-    variation = difference.abs().sum(dim=-1) + outside
-    sign = difference.sign_()
-    sign -= (p * sign).sum(dim=-1, keepdim=True)
-    grad = sign.mul_(p).mul_((weights.variation * slot_weights)[:, None])
-    sayable = labels >= 0
-    ce_weights = torch.where(sayable, slot_weights, torch.zeros_like(slot_weights))
-    known = labels.clamp_min(0)[:, None]
-    log_p = torch.log_softmax(logits, dim=-1).gather(1, known).squeeze(1)
-    cross_entropy = -(log_p * ce_weights).sum()
-    scaled = (weights.cross_entropy * ce_weights)[:, None]
-    grad += p * scaled
-    grad.scatter_add_(1, known, -scaled)
-    return _Distribution(grad, variation, best, cross_entropy)
+    count = len(labels)
+    variation = base.new_empty(count, dtype=torch.float32)
+    best = torch.empty_like(labels)
+    cross_entropy = base.new_zeros((), dtype=torch.float32)
+    at_once = _CPU_ROWS if base.device.type == "cpu" else count
+    for first in range(0, count, at_once):
+        part = slice(first, first + at_once)
+        logits = base[part].float()
+        if bias is not None:
+            logits += bias[part]
+        best[part] = logits.argmax(dim=-1)
+        log_p = torch.log_softmax(logits, dim=-1)
+        p = log_p.exp()
+        mine = rows[part]
+        t = torch.softmax(target[mine].float(), dim=-1).mul_((1 - outside[mine])[:, None])
+        difference = p - t
+        # What the target gives to tokens out of reach counts too: p is 0 there.
+        variation[part] = difference.abs().sum(dim=-1) + outside[mine]
+        sign = difference.sign_()
+        sign -= (p * sign).sum(dim=-1, keepdim=True)
+        slot = slot_weights[part]
+        ce_weights = torch.where(labels[part] >= 0, slot, torch.zeros_like(slot))
+        known = labels[part].clamp_min(0)[:, None]
+        cross_entropy -= (log_p.gather(1, known).squeeze(1) * ce_weights).sum()
+        scaled = (weights.cross_entropy * ce_weights)[:, None]
+        grad = sign.mul_((weights.variation * slot)[:, None]).add_(scaled).mul_(p)
+        grad.scatter_add_(1, known, -scaled)
+        base[part] = grad
+    return Distribution(base, variation, best, cross_entropy)
 
 
-def _target_probabilities(hidden: Tensor, head: Tensor, outside: Tensor) -> Tensor:
-    """p_target over the draft vocabulary, float32 [A, D]; a row sums to ``1 - outside``."""
-    with torch.no_grad():
-        logits = functional.linear(hidden.to(head.dtype), head).float()
-        return torch.softmax(logits, dim=-1) * (1 - outside)[:, None]
+def _target_logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """The target's logits over the draft vocabulary, [A, D] in the head's dtype."""
+    return functional.linear(hidden.to(head.dtype), head)
 
 
 def _accumulate(

@@ -95,8 +95,11 @@ def roll_out(
     path: Path,
     config: RolloutConfig,
     on_progress: ReportSink | None = None,
+    answer_tokens: int | None = None,
 ) -> RolloutReport:
     """Write the answers to ``prompts`` that ``path`` lacks; ``on_progress`` after each one.
+
+    With ``answer_tokens`` no further answer is begun once the file holds that many answer tokens.
 
     Many sessions share the engine's passes. Whatever ends the run (an interrupt, an error), what
     is in the file stays usable.
@@ -107,6 +110,7 @@ def roll_out(
     """
     report = RolloutReport()
     present = _mend(path)
+    held = sum(present.values())
     waiting = iter([prompt for prompt in prompts if prompt.key not in present])
     report.present = sum(prompt.key in present for prompt in prompts)
     ended: queue.SimpleQueue[tuple[_Running, StepEvent]] = queue.SimpleQueue()
@@ -115,7 +119,8 @@ def roll_out(
     try:
         with path.open("ab") as file:
             while True:
-                while len(running) < config.sessions:
+                enough = answer_tokens is not None and held + report.answer_tokens >= answer_tokens
+                while not enough and len(running) < config.sessions:
                     started = _start_next(engine, waiting, config, ended, report)
                     if started is None:
                         break
@@ -211,11 +216,11 @@ def _turn_grammar(engine: Engine, prompt: Prompt, config: RolloutConfig) -> Gram
     return engine.compile(TurnSpec(tools=prompt.tools, tool_choice="required", allow_text=False))
 
 
-def _mend(path: Path) -> frozenset[str]:
-    """Keys of the rollouts in the file, from which a line that was cut off is taken away."""
+def _mend(path: Path) -> dict[str, int]:
+    """Answer tokens by key of the file's rollouts; a line that was cut off is taken away."""
     if not path.exists():
-        return frozenset()
-    keys = frozenset(rollout.key for rollout in read_rollouts(path))
+        return {}
+    keys = {rollout.key: len(rollout.answer) for rollout in read_rollouts(path)}
     with path.open("r+b") as file:
         file.truncate(file.read().rfind(b"\n") + 1)
     return keys

@@ -88,7 +88,7 @@ class Trainer:
         self._head = target_head.to(device)
         self._draft_ids = draft_ids.to(device)
         self._optimiser = torch.optim.AdamW(
-            model.parameters(), lr=config.peak_rate, weight_decay=0.0
+            model.parameters(), lr=config.peak_rate, weight_decay=0.0, fused=True
         )
         self._folder = state_folder
         self.step = 0

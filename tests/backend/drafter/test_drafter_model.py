@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dspark_backend.drafter.backbone import block_mask
 from dspark_backend.drafter.model import DraftModel
@@ -42,6 +43,19 @@ def build(drafter: Any, positions: int = 512) -> DraftModel:
     return model
 
 
+def draft(
+    model: DraftModel, drafter: Any, features: Tensor, anchor: int
+) -> tuple[list[int], Tensor, Tensor]:
+    """Greedy drafts after ``features``, then their logits and confidences with those known."""
+    token, start = torch.tensor([[anchor]]), torch.tensor([[len(features)]])
+    hidden = model.hidden(features[None], token, start)[:, 0]
+    tokens, sure = model.chain(hidden, token[0], drafter.d2t)
+    previous = torch.cat([token, tokens[:, :-1]], dim=1)
+    latents, forced = model.latents(hidden, previous)
+    torch.testing.assert_close(forced, sure)
+    return tokens[0].tolist(), model.logits(hidden, latents)[0], torch.sigmoid(sure[0])
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
 @pytest.mark.parametrize("context", [0, 1, 37])
 def test_drafts_logits_and_confidences_are_those_of_the_reference(
@@ -49,21 +63,21 @@ def test_drafts_logits_and_confidences_are_those_of_the_reference(
 ) -> None:
     drafter = make_drafter(**variant)
     features = drafter.features(context)
-    tokens, logits, sure = build(drafter).draft(features[None], [17], drafter.d2t)
+    tokens, logits, sure = draft(build(drafter), drafter, features, 17)
     expected_tokens, expected_logits, expected_sure = drafter.reference().draft(features, 17)
-    torch.testing.assert_close(logits[0], expected_logits, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(sure[0], torch.tensor(expected_sure), rtol=1e-4, atol=1e-4)
-    assert tokens[0].tolist() == expected_tokens
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sure, torch.tensor(expected_sure), rtol=1e-4, atol=1e-4)
+    assert tokens == expected_tokens
 
 
 @pytest.mark.parametrize("context", [131, 300])
 def test_long_contexts(context: int, make_drafter: MakeDrafter) -> None:
     drafter = make_drafter("qwen3", head="rnn", draft_vocab=200)
     features = drafter.features(context)
-    tokens, logits, _ = build(drafter).draft(features[None], [3], drafter.d2t)
+    tokens, logits, _ = draft(build(drafter), drafter, features, 3)
     expected_tokens, expected_logits, _ = drafter.reference().draft(features, 3)
-    torch.testing.assert_close(logits[0], expected_logits, rtol=1e-4, atol=2e-4)
-    assert tokens[0].tolist() == expected_tokens
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=2e-4)
+    assert tokens == expected_tokens
 
 
 def test_training_many_anchors_at_once_sees_what_drafting_one_by_one_sees(
@@ -84,20 +98,6 @@ def test_training_many_anchors_at_once_sees_what_drafting_one_by_one_sees(
                 anchors[b : b + 1, a : a + 1],
             )
             torch.testing.assert_close(together[b, a], alone[0, 0], rtol=1e-4, atol=1e-4)
-
-
-def test_teacher_forcing_with_the_own_drafts_gives_the_logits_of_drafting(
-    make_drafter: MakeDrafter,
-) -> None:
-    drafter = make_drafter("qwen2", head="rnn", draft_vocab=64)
-    model = build(drafter)
-    features = drafter.features(9)[None]
-    tokens, logits, sure = model.draft(features, [4], drafter.d2t)
-    hidden = model.hidden(features, torch.tensor([[4]]), torch.tensor([[9]]))[:, 0]
-    previous = torch.cat([torch.tensor([[4]]), tokens[:, :-1]], dim=1)
-    latents, confidence = model.latents(hidden, previous)
-    torch.testing.assert_close(model.logits(hidden, latents), logits)
-    torch.testing.assert_close(torch.sigmoid(confidence), sure)
 
 
 def test_the_confidence_of_a_slot_does_not_know_its_own_draft(make_drafter: MakeDrafter) -> None:
