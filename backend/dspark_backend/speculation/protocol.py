@@ -40,7 +40,7 @@ class Drafter(Protocol):
     """Drafts blocks from the target's features. Used by the engine's thread only.
 
     Drafts are a function of the context (a greedy chain), so any budget keeps the output exact
-    (DSPARK.md, section 6). What a block is must not depend on the other anchors of the call.
+    (DSPARK.md, section 6).
     """
 
     @property
