@@ -48,6 +48,10 @@ class CallFormat:
         return f'{{"name": {json.dumps(tool)}, "{self.arguments_key}": '
 
 
+FENCE_OPEN, FENCE_CLOSE = "```json\n", "\n```"
+"""Where text is allowed beside a typed result, a turn that opens this fence is a result (or a bare
+call): what models write when they are asked for JSON in words."""
+
 HERMES = CallFormat(
     name="hermes",
     open="<tool_call>",
@@ -57,7 +61,7 @@ HERMES = CallFormat(
     arguments_key="arguments",
     habits=(
         Unmarked('{"name": "', '", "arguments": ', "}"),
-        Unmarked('```json\n{\n  "name": "', '",\n  "arguments": ', "\n}\n```"),
+        Unmarked(FENCE_OPEN + '{\n  "name": "', '",\n  "arguments": ', "\n}" + FENCE_CLOSE),
     ),
 )
 """Qwen2.5, Qwen3 and the Hermes models; markers are special tokens or text, as the tokenizer has

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from dspark_backend.errors import GrammarError
-from dspark_backend.grammar.callformat import CallFormat, Unmarked
+from dspark_backend.grammar.callformat import FENCE_CLOSE, FENCE_OPEN, CallFormat, Unmarked
 from dspark_backend.grammar.events import (
     ObjectDelta,
     TextDelta,
@@ -17,6 +16,7 @@ from dspark_backend.grammar.events import (
     ToolCallStart,
     TurnEvent,
 )
+from dspark_backend.grammar.scanner import ObjectScanner
 from dspark_backend.grammar.spec import ParsedCall, ParsedTurn, TurnSpec
 
 
@@ -30,11 +30,13 @@ class TurnParser:
     def __init__(self, spec: TurnSpec, form: CallFormat, unmarked: Sequence[Unmarked] = ()) -> None:
         """``unmarked`` are the ways in which a call may be written without markers."""
         self._form = form
-        self._may_write_text = spec.may_write_text
+        self._may_write_text = spec.may_write_text  # until a fence is opened
         self._has_result = spec.result_schema is not None
         names = [function["name"] for function in spec.callable_tools]
         self._marked = {form.padding + form.head(name): name for name in names if form.open}
         self._unmarked = {way.head(name): (name, way.after) for way in unmarked for name in names}
+        self._fence = FENCE_OPEN if self._has_result and self._may_write_text else ""
+        self._fence_close = ""
         self._limit = spec.call_limit
         self._waiting = ""
         self._events: list[TurnEvent] = []
@@ -43,7 +45,7 @@ class TurnParser:
         self._calls: list[ParsedCall] = []
         self._json: list[str] = []
         self._name = self._tail = self._again = ""
-        self._scanner = _ObjectScanner()
+        self._scanner = ObjectScanner()
 
     def feed(self, text: str) -> list[TurnEvent]:
         """The events that ``text``, the next piece of the turn, makes certain.
@@ -80,17 +82,17 @@ class TurnParser:
         self.flush()
         if self._read == self._beginning and not self._may_write_text and not self._waiting:
             raise GrammarError("the turn is empty, where a tool call or a result was demanded")
-        if self._read == self._result:
+        if self._read == self._result and self._waiting == self._fence_close:
             return ParsedTurn(object=_value("".join(self._json)), has_object=True)
         if self._waiting or self._read not in (
             self._beginning,
             self._free_text,
             self._between_calls,
         ):
-            raise GrammarError(
-                f"the turn breaks off inside tool call {len(self._calls)}"
-                f" ({self._name or 'before its name'}): give the step more tokens"
-            )
+            inside = f"tool call {len(self._calls)} ({self._name or 'before its name'})"
+            if self._read == self._result:
+                inside = "a fenced result"
+            raise GrammarError(f"the turn breaks off inside {inside}: give the step more tokens")
         return ParsedTurn(text="".join(self._text), tool_calls=tuple(self._calls))
 
     def _beginning(self) -> bool:
@@ -98,12 +100,16 @@ class TurnParser:
             return False
         for head, (name, tail) in self._unmarked.items():
             if self._take(head):
-                self._begin_call(name, tail, "")
+                self._begin_call(name, tail + self._fence_close, "")
                 return True
         if self._marked and self._take(self._form.open):
             self._read = self._call_head
             return True
-        openings = [*self._unmarked, *([self._form.open] if self._marked else ())]
+        if self._fence and self._take(self._fence):
+            self._fence, self._fence_close = "", FENCE_CLOSE
+            self._marked, self._may_write_text = {}, False
+            return True
+        openings = [*self._unmarked, self._form.open if self._marked else "", self._fence]
         if any(opening.startswith(self._waiting) for opening in openings):
             return False
         is_result = self._has_result and (not self._may_write_text or self._waiting[0] in "{[")
@@ -144,7 +150,7 @@ class TurnParser:
         """``tail`` is to follow the arguments, then the turn ends or ``again`` opens a call."""
         self._name, self._tail, self._again = name, tail, again
         self._events.append(ToolCallStart(len(self._calls), name))
-        self._scanner = _ObjectScanner()
+        self._scanner = ObjectScanner()
         self._json = []
         self._read = self._arguments
 
@@ -180,10 +186,13 @@ class TurnParser:
         raise self._unexpected("the end of the turn or another call")
 
     def _result(self) -> bool:
-        if self._waiting:
-            self._json.append(self._waiting)
-            self._events.append(ObjectDelta(self._waiting))
-            self._waiting = ""
+        length = self._scanner.feed(self._waiting) if self._fence_close else len(self._waiting)
+        if length:
+            fragment, self._waiting = self._waiting[:length], self._waiting[length:]
+            self._json.append(fragment)
+            self._events.append(ObjectDelta(fragment))
+        if self._waiting and not self._fence_close.startswith(self._waiting):
+            raise self._unexpected("the end of the fence around the result")
         return False
 
     def _take(self, expected: str) -> bool:
@@ -199,45 +208,6 @@ class TurnParser:
 
     def _unexpected(self, wanted: str) -> GrammarError:
         return GrammarError(f"the turn goes on with {self._waiting[:40]!r} in place of {wanted}")
-
-
-class _ObjectScanner:
-    """Finds where a JSON object or array ends in a text that arrives in pieces."""
-
-    _STOPS = re.compile(r'[{}\[\]"\\]')
-
-    def __init__(self) -> None:
-        self.closed = False
-        self._depth = 0
-        self._in_string = False
-        self._escaped = False
-
-    def feed(self, text: str) -> int:
-        """How many characters of ``text`` belong to the value."""
-        place = 0
-        while place < len(text) and not self.closed:
-            if self._escaped:
-                self._escaped = False
-                place += 1
-                continue
-            stop = self._STOPS.search(text, place)
-            if stop is None:
-                return len(text)
-            place = stop.end()
-            self._step(stop[0])
-        return place
-
-    def _step(self, char: str) -> None:
-        if self._in_string:
-            self._escaped = char == "\\"
-            self._in_string = char != '"'
-        elif char == '"':
-            self._in_string = True
-        elif char in "{[":
-            self._depth += 1
-        elif char in "}]":
-            self._depth -= 1
-            self.closed = self._depth == 0
 
 
 def _possible_start(text: str, marker: str) -> int:

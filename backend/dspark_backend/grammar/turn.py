@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dspark_backend.errors import GrammarError
-from dspark_backend.grammar.callformat import CallFormat, Unmarked
+from dspark_backend.grammar.callformat import FENCE_CLOSE, FENCE_OPEN, CallFormat, Unmarked
 from dspark_backend.grammar.schema import first_characters, json_rule, normalise
 from dspark_backend.grammar.spec import TurnSpec
 
@@ -89,7 +89,7 @@ class _TurnWriter:
                 " into an object"
             )
         self.rules.append(f"result: {json_rule(result)}")
-        return ["result"]
+        return ["result", *self._fenced("result")]
 
     def calls(self) -> list[str]:
         functions = self._spec.callable_tools
@@ -101,7 +101,7 @@ class _TurnWriter:
             self.rules.append(f"{name}: {json_rule(call_schema(function, self._form))}")
         marked = self._marked_calls() if self._form.open else []
         if self._json_first:
-            return [*marked, "call"] if self._unmarked else marked
+            return [*marked, "call", *self._fenced("call")] if self._unmarked else marked
         return [*marked, *self._unmarked_calls()]
 
     def texts(self) -> list[str]:
@@ -141,6 +141,14 @@ class _TurnWriter:
                 self.rules.append(f"{head}[lazy]: /{_regex(spelling.head(function['name']))}/")
                 rules.append(_sequence(head, f"arguments_{place}", _literal(spelling.after)))
         return rules
+
+    def _fenced(self, json: str) -> list[str]:
+        """A rule beside text, with the fence that some models put around JSON."""
+        if not (self._spec.may_write_text and self._spec.result_schema is not None):
+            return []
+        rule = f"{json}_fence"
+        self.rules.append(f"{rule}[lazy]: /{_regex(FENCE_OPEN)}/")
+        return [_sequence(rule, json, _literal(FENCE_CLOSE))]
 
     def _text_regex(self) -> str:
         return r"[^{\[\s](?s:.*)" if self._json_first else "(?s:.+)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -342,6 +343,40 @@ def test_beside_a_result_a_bare_call_is_told_by_its_keys(tiny_dialect: Dialect) 
             assert matcher.is_terminated
         call = ParsedTurn(tool_calls=(ParsedCall("edit_file", {"path": "a"}),))
         assert tiny_dialect.parse(bare, SPECS[name]) == call
+
+
+def test_beside_text_json_in_a_fence_is_a_result_or_a_bare_call(tiny_dialect: Dialect) -> None:
+    spec = SPECS["calls, result or text"]
+    grammar = tiny_dialect.grammar(spec)
+    assert grammar is not None
+    call = tiny_dialect.form.head("edit_file") + '{"path": "a"}}'
+    for text, turn in (
+        ('{"answer": "```", "sure": true}', ParsedTurn(object={"answer": "```", "sure": True})),
+        (call, ParsedTurn(tool_calls=(ParsedCall("edit_file", {"path": "a"}),))),
+    ):
+        expected = replace(turn, has_object=not turn.tool_calls)
+        fenced = f"```json\n{text}\n```"
+        matcher = grammar.matcher()
+        matcher.accept(tiny_dialect.tokenizer.encode(fenced))
+        assert matcher.is_terminated
+        for cuts in ([], [3, 9], list(range(len(fenced)))):
+            assert streamed(tiny_dialect, spec, cut(fenced, cuts)) == (expected, expected)
+        for broken in (fenced[:-1], "```json\n", "```json\n{", fenced[:30]):
+            with pytest.raises(GrammarError):
+                tiny_dialect.parse(broken, spec)
+        with pytest.raises(GrammarError, match="in place of"):
+            tiny_dialect.parse(fenced + "!", spec)
+    prose = "```json is a fence.\n```"
+    assert grammar.matcher().accepts_prefix(tiny_dialect.tokenizer.encode(prose)) > 8
+    assert tiny_dialect.parse(prose, spec) == ParsedTurn(prose)
+
+
+def test_without_text_a_result_stands_alone(tiny_dialect: Dialect) -> None:
+    fenced = '```json\n{"answer": "a", "sure": true}\n```'
+    for name in ("calls or result", "result only"):
+        grammar = tiny_dialect.grammar(SPECS[name])
+        assert grammar is not None
+        assert grammar.matcher().accepts_prefix(tiny_dialect.tokenizer.encode(fenced)) == 0
 
 
 BROKEN = {
