@@ -28,6 +28,8 @@ from dspark_backend.errors import ModelFormatError
 from dspark_backend.kernels.linear.reference import quantise_weight
 
 _SCALE = "_scale"
+# Reads the target's residual stream, whose outliers would blow up the rounding of int8 weights.
+_RESIDUAL = "fc.weight"
 
 
 class Storage(StrEnum):
@@ -131,7 +133,8 @@ def write_drafter(
 
 
 def _stored(name: str, tensor: Tensor, storage: Storage) -> dict[str, Tensor]:
-    if storage is Storage.INT8 and tensor.dim() == 2 and tensor.shape[0] > 1:
+    narrow = tensor.dim() == 2 and tensor.shape[0] > 1 and name != _RESIDUAL
+    if storage is Storage.INT8 and narrow:
         q, scale = quantise_weight(tensor)
         return {name: q.contiguous(), name + _SCALE: scale.contiguous()}
     return {name: tensor.bfloat16().contiguous()}

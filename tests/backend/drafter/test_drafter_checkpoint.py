@@ -100,12 +100,18 @@ def test_the_files_of_published_checkpoints_are_plain_bfloat16_without_prefix(
     assert torch.equal(files.get("lm_head.weight"), drafter.lm_head)
 
 
-def test_int8_storage_is_a_quarter_and_close(make_drafter: MakeDrafter, tmp_path: Path) -> None:
+def test_int8_storage_halves_the_matrices_and_is_close(
+    make_drafter: MakeDrafter, tmp_path: Path
+) -> None:
     drafter = make_drafter("qwen2", hidden_size=128, head_dim=32)
     small = write(drafter, tmp_path / "small", storage=Storage.INT8)
     large = write(drafter, tmp_path / "large")
-    bytes_of = [(folder / "model.safetensors").stat().st_size for folder in (small, large)]
-    assert bytes_of[0] < 0.62 * bytes_of[1]
+    tensors = [load_file(folder / "model.safetensors") for folder in (small, large)]
+    wide = {name for name, tensor in drafter.state.items() if tensor.dim() == 2 and len(tensor) > 1}
+    sizes = [sum(t[n].nbytes for n in wide - {"fc.weight"}) for t in tensors]
+    assert sizes[0] == sizes[1] // 2
+    # The residual stream has outliers that rounded weights would blow up.
+    assert tensors[0]["fc.weight"].dtype is torch.bfloat16
     state = open_drafter(small, drafter.target).state()
     for name, tensor in drafter.state.items():
         step = tensor.abs().amax() / 127

@@ -1,0 +1,240 @@
+"""The drafter on the CPU, one call a cycle for all sessions: parallel stage, sequential stage.
+
+What the engine's loop asks for (``speculation/protocol.py``). The arithmetic of an anchor's block
+is its own: other anchors of the call change no bit of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dspark_backend.catalog.files import ModelFiles
+from dspark_backend.drafter.checkpoint import DrafterFiles, open_drafter
+from dspark_backend.drafter.config import HeadType
+from dspark_backend.drafter.weights import DraftLayer, SequentialWeights, load_weights
+from dspark_backend.kernels.draft_attention.cpu import attend_block
+from dspark_backend.kernels.norm.cpu import add_rms_norm, rms_norm
+from dspark_backend.kernels.rope.cpu import rope_append
+from dspark_backend.kernels.swiglu.cpu import silu_mul
+from dspark_backend.kv.contiguous import KVShape, SequenceKV
+from dspark_backend.speculation.protocol import Anchor, Proposal
+from dspark_backend.target.precision import Precision
+from dspark_backend.target.rope import tables
+
+SOURCE = "dspark"
+
+Rows = NDArray[np.float32]
+
+
+class DSparkDrafter:
+    """A trained drafter, ready to draft for ``target``.
+
+    ``max_positions`` bounds the target's sequences. Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        files: DrafterFiles,
+        target: ModelFiles,
+        max_positions: int,
+        precision: Precision = Precision.INT8X16,
+    ) -> None:
+        self.config = files.config
+        self.taps = files.config.target_layer_ids
+        self.block_size = files.config.block_size
+        shape = files.config.shape
+        self.context_shape = KVShape(shape.num_layers, shape.num_kv_heads, shape.head_dim)
+        self._shape = shape
+        self._weights = load_weights(files, target, precision)
+        self._temperatures = files.calibration.temperatures
+        self._d2t = None if files.d2t is None else files.d2t.numpy()
+        # A block may begin at the last position: its slots lie past it.
+        self._cos, self._sin = tables(shape, max_positions + self.block_size)
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        target: ModelFiles,
+        max_positions: int,
+        precision: Precision = Precision.INT8X16,
+    ) -> DSparkDrafter:
+        """Open the checkpoint in ``folder``.
+
+        Raises ModelFormatError for a damaged one, or one for another target.
+        """
+        return cls(open_drafter(folder, target.config), target, max_positions, precision)
+
+    def extend(self, context: SequenceKV, features: Rows) -> None:
+        """Append ``features`` [n, feature_size] of the next n committed positions."""
+        count, shape, weights = len(features), self._shape, self._weights
+        if not count:
+            return
+        end = context.length + count
+        if end > context.capacity:
+            raise ValueError(f"no room for {end} positions: {context.capacity} are reserved")
+        mixed = np.empty((count, shape.hidden_size), np.float32)
+        weights.fc(np.ascontiguousarray(features), mixed)
+        rms_norm(mixed, weights.hidden_norm, shape.rms_norm_eps, mixed)
+        positions = np.arange(context.length, end)
+        projected = np.empty((count, 2 * shape.num_kv_heads * shape.head_dim), np.float32)
+        nobody = np.empty((count, 0, shape.head_dim), np.float32)
+        for index, layer in enumerate(weights.layers):
+            layer.kv(mixed, projected)
+            rope_append(
+                projected, positions, self._cos, self._sin, layer.q_norm, layer.k_norm,
+                shape.rms_norm_eps, nobody, context.keys[index], context.values[index],
+            )  # fmt: skip
+        context.length = end
+
+    def propose(self, anchors: Sequence[Anchor]) -> list[Proposal]:
+        """Greedy blocks with their calibrated survivals; contexts are not changed."""
+        if not anchors:
+            return []
+        hidden = self._parallel(anchors)
+        tokens, confidence = self._sequential(hidden, [anchor.token for anchor in anchors])
+        survival = np.cumprod(confidence, axis=1)
+        return [
+            Proposal(tuple(drafts), tuple(sure), SOURCE)
+            for drafts, sure in zip(tokens.tolist(), survival.tolist(), strict=True)
+        ]
+
+    def _parallel(self, anchors: Sequence[Anchor]) -> Rows:
+        """The backbone over all blocks: normed hidden states, float32 [S, g, d]."""
+        shape, weights, size = self._shape, self._weights, self.block_size
+        eps, rows = shape.rms_norm_eps, len(anchors) * size
+        ids = torch.full((len(anchors), size), self.config.mask_token_id)
+        ids[:, 0] = torch.tensor([anchor.token for anchor in anchors])
+        x: Rows = weights.embedding[ids.flatten()].float().numpy()
+        normed, delta = np.empty_like(x), np.empty_like(x)
+        gate_up = np.empty((rows, 2 * shape.intermediate_size), np.float32)
+        gated = np.empty((rows, shape.intermediate_size), np.float32)
+        for index, layer in enumerate(weights.layers):
+            if index == 0:
+                rms_norm(x, layer.input_norm, eps, normed)
+            layer.output(self._attention(index, layer, anchors, normed), delta)
+            add_rms_norm(x, delta, layer.post_norm, eps, normed)
+            layer.gate_up(normed, gate_up)
+            silu_mul(gate_up, gated)
+            layer.down(gated, delta)
+            is_last = index + 1 == len(weights.layers)
+            following = weights.norm if is_last else weights.layers[index + 1].input_norm
+            add_rms_norm(x, delta, following, eps, normed)
+        return normed.reshape(len(anchors), size, shape.hidden_size)
+
+    def _attention(
+        self, index: int, layer: DraftLayer, anchors: Sequence[Anchor], normed: Rows
+    ) -> Rows:
+        shape, size = self._shape, self.block_size
+        heads, kv_heads, width = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        qkv = np.empty((len(normed), (heads + 2 * kv_heads) * width), np.float32)
+        layer.qkv(normed, qkv)
+        q = np.empty((size, heads, width), np.float32)
+        keys = np.empty((kv_heads, size, width), np.float32)
+        values = np.empty_like(keys)
+        mixed = np.empty((len(normed), heads, width), np.float32)
+        slots = np.arange(size)
+        for number, anchor in enumerate(anchors):
+            mine = slice(number * size, (number + 1) * size)
+            start = anchor.context.length
+            # The tables from the anchor on: slot i is turned as position start + i, kept at i.
+            rope_append(
+                qkv[mine], slots, self._cos[start:], self._sin[start:], layer.q_norm,
+                layer.k_norm, shape.rms_norm_eps, q, keys, values,
+            )  # fmt: skip
+            context = anchor.context
+            attend_block(
+                q, context.keys[index], context.values[index], start, keys, values, mixed[mine]
+            )
+        return mixed.reshape(len(normed), heads * width)
+
+    def _sequential(
+        self, hidden: Rows, tokens: Sequence[int]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Left to right, every slot seeing the draft before it: target ids and confidences."""
+        sessions, size, width = hidden.shape
+        weights = self._weights
+        logits = np.empty((sessions * size, weights.head.channels), np.float32)
+        weights.head(hidden.reshape(sessions * size, width), logits)
+        base = logits.reshape(sessions, size, -1)
+        head = (
+            None
+            if weights.sequential is None
+            else _Sequential(weights.sequential, self.config.head)
+        )
+        drafts = np.empty((sessions, size), np.int64)
+        sure = np.ones((sessions, size))
+        token = np.array(tokens)
+        for k in range(size):
+            row = base[:, k]
+            previous: Rows | None = None
+            if head is not None:
+                previous = head.embed(token)
+                row = row + head.bias(hidden[:, k], previous)
+            sure[:, k] = self._confidence(hidden[:, k], previous, self._temperatures[k])
+            best = row.argmax(axis=1)
+            token = best if self._d2t is None else self._d2t[best]
+            drafts[:, k] = token
+        return drafts, sure
+
+    def _confidence(
+        self, hidden: Rows, previous: Rows | None, temperature: float
+    ) -> NDArray[np.float64]:
+        """Calibrated c_k [S]; 1 where the drafter has no such head: it never says to stop."""
+        weights = self._weights
+        if weights.confidence is None:
+            return np.ones(len(hidden))
+        x = hidden
+        if self.config.confidence_with_markov and previous is not None:
+            x = np.concatenate([hidden, previous], axis=1)
+        # Row by row in float64: a matrix product could change bits with the number of rows.
+        logits = np.array([float((row.astype(np.float64) * weights.confidence).sum()) for row in x])
+        scaled = (logits + weights.confidence_bias) / temperature
+        return 0.5 * (1 + np.tanh(0.5 * scaled))
+
+
+class _Sequential:
+    """A Markov head on its way through one block of each session."""
+
+    def __init__(self, weights: SequentialWeights, kind: HeadType) -> None:
+        self._weights = weights
+        self._kind = kind
+        self._state: Rows | None = None
+
+    def embed(self, tokens: NDArray[np.int64]) -> Rows:
+        """W1 of the tokens before: float32 [S, r]."""
+        rows: Rows = self._weights.w1[torch.from_numpy(tokens)].float().numpy()
+        return rows
+
+    def bias(self, hidden: Rows, previous: Rows) -> Rows:
+        """The bias of a slot's logits, float32 [S, D]; moves the state on."""
+        latent = np.ascontiguousarray(self._latent(hidden, previous))
+        out = np.empty((len(latent), self._weights.w2.channels), np.float32)
+        self._weights.w2(latent, out)
+        return out
+
+    def _latent(self, hidden: Rows, previous: Rows) -> Rows:
+        inner = self._weights.inner
+        if inner is None:
+            return previous
+        joint = np.empty((len(hidden), inner.channels), np.float32)
+        if self._kind is HeadType.GATED:
+            inner(np.concatenate([hidden, previous], axis=1), joint)
+            return _sigmoid(joint) * previous
+        if self._state is None:
+            self._state = np.zeros_like(previous)
+        inner(np.concatenate([self._state, previous, hidden], axis=1), joint)
+        gate, candidate, output = np.split(joint, 3, axis=1)
+        kept = _sigmoid(gate)
+        self._state = kept * self._state + (1 - kept) * np.tanh(candidate)
+        return np.tanh(output)
+
+
+def _sigmoid(x: Rows) -> Rows:
+    out: Rows = np.float32(0.5) * (1 + np.tanh(np.float32(0.5) * x))
+    return out
