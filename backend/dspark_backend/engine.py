@@ -12,6 +12,8 @@ import torch
 
 from dspark_backend.catalog import ModelFiles, ProgressSink, resolve
 from dspark_backend.checkpoint.config import TargetConfig
+from dspark_backend.drafter.cpu import CpuDrafter
+from dspark_backend.drafter.shipped import shipped_drafter
 from dspark_backend.errors import (
     ContextLengthError,
     EngineClosedError,
@@ -68,6 +70,7 @@ class Engine:
         self.precision = precision
         self.threads = threads
         self.max_context = decoder.max_positions
+        self.speculative = drafter is not None
         self.lock = threading.RLock()
         draft_shape = None if drafter is None else drafter.context_shape
         self._pool = SequencePool(decoder.kv_shape, draft_shape, kv_bytes)
@@ -88,6 +91,9 @@ class Engine:
         max_context: int | None = None,
         kv_bytes: int = DEFAULT_KV_BYTES,
         limits: Limits | None = None,
+        speculation: bool | None = None,
+        drafter: str | Path | None = None,
+        budget: Budget | None = None,
         progress: ProgressSink | None = None,
     ) -> Engine:
         """Fetch (if needed), map and start a model.
@@ -95,12 +101,16 @@ class Engine:
         ``model``: a known name, a local folder or GGUF file, or a hub id. ``precision``: ``bf16``,
         ``int8`` or ``int8x16``; None takes the model's default. ``threads``: None for all cores.
         ``max_context``: tokens a session may hold, None for the model's own limit up to 8,192.
-        ``kv_bytes``: memory granted to keys and values of all sessions.
+        ``kv_bytes``: memory granted to keys and values of all sessions. ``speculation``: False
+        decodes plainly, True drafts with ``drafter`` (a checkpoint folder) or the one that ships
+        for this model, None does so if there is one. ``budget`` bounds what is verified of a
+        block. The output is the same in all cases.
 
         Raises:
             ModelNotFoundError, DownloadError, ModelFormatError: no such model, no way to get it,
                 or not one that this engine runs.
-            RequestError: an unknown precision, or a number out of range.
+            RequestError: an unknown precision, a number out of range, or speculation without a
+                drafter.
         """
         files = resolve(str(model), progress=progress)
         chosen = default_precision(files.name) if precision is None else Precision.parse(precision)
@@ -115,7 +125,9 @@ class Engine:
             raise RequestError(f"threads must be at least 1, not {workers}")
         decoder = load_decoder(files, chosen, context, progress)
         decoder.warm()
-        return cls(files, decoder, chosen, workers, kv_bytes, limits or Limits())
+        drafting = _drafter(files, speculation, drafter, context)
+        bounds = limits or Limits()
+        return cls(files, decoder, chosen, workers, kv_bytes, bounds, drafting, budget)
 
     # -- the public side ---------------------------------------------------------------------
 
@@ -279,6 +291,22 @@ class Engine:
                 f"the grammar was compiled for {request.grammar.words * 32} tokens, the model "
                 f"has {self.config.vocab_size}: compile it with this engine"
             )
+
+
+def _drafter(
+    files: ModelFiles, speculation: bool | None, folder: str | Path | None, max_positions: int
+) -> Drafter | None:
+    if speculation is False:
+        return None
+    found = shipped_drafter(files.name) if folder is None else Path(folder)
+    if found is None and speculation:
+        raise RequestError(
+            f"no drafter ships for {files.name}: name a drafter's folder, or load with "
+            "speculation=None to decode plainly where there is none"
+        )
+    if found is None:
+        return None
+    return CpuDrafter.open(found, files.config, files.tensors(), max_positions)
 
 
 def _words(vocab_size: int) -> int:

@@ -140,11 +140,12 @@ class StepLoop:
         if self._drafter is None or not steps or not self._budget.length:
             return
         started = time.perf_counter()
-        anchors = []
         for step in steps:
-            context = step.session.kv.draft
-            assert context is not None
-            anchors.append(Anchor(context, step.session.log[-1]))
+            self._guarded(step, partial(self._room_to_draft, step, self._drafter.block_size))
+        steps = [step for step in steps if not step.finished]
+        anchors = [Anchor(_context(step), step.session.log[-1]) for step in steps]
+        if not anchors:
+            return
         try:
             with jit.threads(self._threads):
                 proposals = self._drafter.propose(anchors)
@@ -155,6 +156,11 @@ class StepLoop:
         seconds = time.perf_counter() - started
         for step, proposal in zip(steps, proposals, strict=True):
             self._guarded(step, partial(step.propose, proposal, self._budget, seconds))
+
+    def _room_to_draft(self, step: RunningStep, positions: int) -> None:
+        """A block's own keys and values go past the end of its context."""
+        context = _context(step)
+        self._pool.reserve(context, context.length + positions)
 
     def _extend(
         self, step: RunningStep, context: SequenceKV, features: NDArray[np.float32]
@@ -178,6 +184,12 @@ class StepLoop:
 
     def _sweep(self) -> None:
         self.running = [step for step in self.running if not step.finished]
+
+
+def _context(step: RunningStep) -> SequenceKV:
+    context = step.session.kv.draft
+    assert context is not None, "every sequence of an engine with a drafter has a draft context"
+    return context
 
 
 def _verify(step: RunningStep, rows: Rows, logits: torch.Tensor, seconds: float) -> None:
