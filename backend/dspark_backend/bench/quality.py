@@ -96,14 +96,14 @@ def run_quality(
     scored = 0
     with jit.threads(settings.threads or usable_cores()):
         for turn, each in enumerate(order):
-            scored, losses = 0, 0.0
+            scored, read, losses = 0, turn * len(tokens), 0.0
             decoder = load_decoder(files, each, WINDOW, progress)
-            for window, loss in _losses(decoder, tokens):
-                scored += window
-                losses += loss
+            for window in _windows(tokens):
+                losses += _loss(decoder, window)
+                scored += len(window) - 1
+                read += len(window)
                 if on_tokens is not None:
-                    done = turn * len(tokens) + min(len(tokens), scored)
-                    on_tokens(done, len(order) * len(tokens))
+                    on_tokens(read, len(order) * len(tokens))
             nll[each] = losses / scored
     perplexity, reference = math.exp(nll[precision]), math.exp(nll[Precision.BF16])
     return QualityReport(
@@ -119,23 +119,26 @@ def run_quality(
     )
 
 
-def _losses(decoder: Decoder, tokens: Sequence[int]) -> Iterator[tuple[int, float]]:
-    """Per window: how many tokens were scored, and their summed negative log likelihood."""
-    for start in range(0, len(tokens) - 1, WINDOW):
+def _windows(tokens: Sequence[int]) -> Iterator[Sequence[int]]:
+    """``tokens`` cut into windows; a last one of a single token has nothing to score."""
+    for start in range(0, len(tokens), WINDOW):
         window = tokens[start : start + WINDOW]
-        if len(window) < 2:
-            return
-        kv = SequenceKV(decoder.kv_shape, KVBudget(_NO_LIMIT))
-        kv.reserve(len(window))
-        loss = 0.0
-        for first in range(0, len(window) - 1, _CHUNK):
-            read = window[first : min(first + _CHUNK, len(window) - 1)]
-            logits = decoder.forward(Batch([Rows(kv, read, len(read))])).logits
-            kv.length += len(read)
-            targets = torch.tensor(window[first + 1 : first + 1 + len(read)])
-            loss += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-        kv.close()
-        yield len(window) - 1, loss
+        if len(window) > 1:
+            yield window
+
+
+def _loss(decoder: Decoder, window: Sequence[int]) -> float:
+    """The summed negative log likelihood of a window's tokens after the first."""
+    kv = SequenceKV(decoder.kv_shape, KVBudget(_NO_LIMIT))
+    kv.reserve(len(window))
+    loss = 0.0
+    for first in range(0, len(window) - 1, _CHUNK):
+        read = window[first : min(first + _CHUNK, len(window) - 1)]
+        logits = decoder.forward(Batch([Rows(kv, read, len(read))])).logits
+        kv.length += len(read)
+        targets = torch.tensor(window[first + 1 : first + 1 + len(read)])
+        loss += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+    return loss
 
 
 def _text(path: Path | None) -> tuple[str, str]:

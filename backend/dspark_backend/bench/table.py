@@ -96,7 +96,9 @@ def quality_table(report: QualityReport) -> Table:
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, min_width=len(title)
+    )
     table.add_column("", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right")
