@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -66,37 +67,36 @@ def run_bars() -> Iterator[RunBars]:
         yield RunBars(bars)
 
 
-def figures_table(title: str, evaluation: Evaluation) -> Table:
-    """Accepted length, acceptance by slot, ranking and calibration: overall, by source, by kind."""
-    table = Table(title=title, box=None, header_style="bold", pad_edge=False, title_justify="left")
-    columns = (
-        "",
-        "tokens",
-        "accepted length",
-        "accepted by slot",
-        "AUC",
-        "ECE before",
-        "ECE after",
-    )
-    for column in columns:
-        table.add_column(column, justify="left" if not column else "right")
-    _row(table, "all", evaluation.overall)
-    for name, figures in evaluation.by_source.items():
-        _row(table, name, figures)
-    for name, figures in evaluation.by_kind.items():
-        _row(table, name, figures)
+def print_figures(console: Console, title: str, evaluation: Evaluation) -> None:
+    """Accepted length by source and step kind, then what was accepted and foreseen by slot."""
+    console.print(_lengths(title, evaluation))
+    console.print(_slots(evaluation.overall))
+
+
+def _lengths(title: str, evaluation: Evaluation) -> Table:
+    table = _table(title, "", "rollouts", "tokens", "passes", "accepted length")
+    rows = {"all": evaluation.overall, **evaluation.by_source, **evaluation.by_kind}
+    for name, figures in rows.items():
+        counts = (figures.rollouts, figures.tokens, figures.cycles)
+        table.add_row(name, *map(str, counts), f"{figures.accepted_length:.2f}")
     return table
 
 
-def _row(table: Table, name: str, figures: Figures) -> None:
-    share: Callable[[float], str] = "{:.2f}".format
-    percent: Callable[[float], str] = "{:.1%}".format
-    table.add_row(
-        name,
-        str(figures.tokens),
-        f"{figures.accepted_length:.2f}",
-        " ".join(map(share, figures.acceptance)),
-        " ".join(map(share, figures.auc)),
-        " ".join(map(percent, figures.ece_before)),
-        " ".join(map(percent, figures.ece_after)),
+def _slots(figures: Figures) -> Table:
+    table = _table("", "slot", "accepted", "AUC", "ECE before", "ECE after")
+    for slot, row in enumerate(
+        zip(figures.acceptance, figures.auc, figures.ece_before, figures.ece_after, strict=True)
+    ):
+        accepted, auc, before, after = row
+        errors = (f"{before:.1%}", f"{after:.1%}")
+        table.add_row(str(slot + 1), f"{accepted:.2f}", f"{auc:.2f}", *errors)
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        title=title or None, box=None, header_style="bold", pad_edge=False, title_justify="left"
     )
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    return table

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dspark_agent.cli.console import err, out
-from dspark_agent.cli.drafter_view import figures_table, run_bars
+from dspark_agent.cli.drafter_view import print_figures, run_bars
 
 
 def evaluate(
@@ -51,7 +51,7 @@ def evaluate(
         report = run_eval(config, bars.stage, bars.rollout)
     json_file.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
     for temperature, evaluation in report.by_temperature.items():
-        out().print(figures_table(f"temperature {temperature}", evaluation))
+        print_figures(out(), f"temperature {temperature}", evaluation)
         plot = json_file.with_name(f"{json_file.stem}-reliability-{temperature}.png")
         write_reliability(evaluation.reliability, plot)
     rates = {

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dspark_agent.cli.console import err, out
-from dspark_agent.cli.drafter_view import figures_table, run_bars
+from dspark_agent.cli.drafter_view import print_figures, run_bars
 
 
 class HeadName(StrEnum):
@@ -105,7 +105,7 @@ def train(
     with run_bars() as bars:
         watchers = Watchers(on_stage=bars.stage, on_rollout=bars.rollout, on_step=bars.step)
         evaluation = run(config, watchers)
-    out().print(figures_table("held-out prompts, temperature 0", evaluation))
+    print_figures(out(), "held-out prompts, temperature 0", evaluation)
     err().print(f"[note]{out_folder / 'drafter'}[/]")
 
 

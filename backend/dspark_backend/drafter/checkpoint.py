@@ -123,7 +123,9 @@ def write_drafter(
         save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
         if calibration is not None:
             calibration.write(work)
+        # Made for the writer alone; a checkpoint is for whoever may read its folder.
         work.chmod(0o755)
+        (work / "model.safetensors").chmod(0o644)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(work, folder)
