@@ -12,7 +12,7 @@ import torch
 
 from dspark_backend.catalog import ModelFiles, ProgressSink, resolve
 from dspark_backend.checkpoint.config import TargetConfig
-from dspark_backend.drafter.cpu import CpuDrafter
+from dspark_backend.drafter.drafter import DSparkDrafter
 from dspark_backend.drafter.shipped import shipped_drafter
 from dspark_backend.errors import (
     ContextLengthError,
@@ -306,7 +306,7 @@ def _drafter(
         )
     if found is None:
         return None
-    return CpuDrafter.open(found, files.config, files.tensors(), max_positions)
+    return DSparkDrafter.load(found, files, max_positions)
 
 
 def _words(vocab_size: int) -> int:
