@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
-from dspark_agent.cli import bench, chat, demo, models, run
+from dspark_agent.cli import bench, chat, demo, models, run, train
 from dspark_agent.cli.boundary import guarded
 from dspark_agent.cli.console import out
+from dspark_agent.cli.eval import evaluate
 
 
 @dataclass(slots=True)
@@ -51,6 +52,8 @@ def build_app(options: GlobalOptions) -> typer.Typer:
     app.command("run")(run.run)
     app.add_typer(models.app, name="models")
     app.add_typer(bench.app, name="bench")
+    app.command("train")(train.train)
+    app.command("eval")(evaluate)
     return app
 
 

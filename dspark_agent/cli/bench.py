@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -45,6 +45,13 @@ Precision = Annotated[
     str | None,
     typer.Option(help="bf16, int8 or int8x16; the model's measured best when left out."),
 ]
+Speculation = Annotated[Switch, typer.Option(help="Speculative decoding, of our engine alone.")]
+Drafter = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True, file_okay=False, help="Drafter's folder; the one that ships when left out."
+    ),
+]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="For all contenders; all usable cores when left out.")
 ]
@@ -63,7 +70,8 @@ def decode(
     limit: Limit = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Keys the noise of sampling.")] = 0,
-    speculation: Annotated[Switch, typer.Option(help="Speculative decoding.")] = Switch.OFF,
+    speculation: Speculation = Switch.OFF,
+    drafter: Drafter = None,
     precision: Precision = None,
     threads: Threads = None,
     peer: Annotated[
@@ -76,7 +84,6 @@ def decode(
     from dspark_backend.bench.lineup import Terms
     from dspark_backend.bench.table import decode_table
 
-    switch: Literal["on", "off"] = "on" if speculation is Switch.ON else "off"
     settings = DecodeSettings(
         model=model,
         prompts=shipped("prompts", prompts),
@@ -84,8 +91,13 @@ def decode(
         limit=limit,
         temperature=temperature,
         seed=seed,
-        speculation=switch,
-        terms=Terms(precision, threads, tuple(name.value for name in peer or ())),
+        terms=Terms(
+            precision=precision,
+            threads=threads,
+            peers=tuple(name.value for name in peer or ()),
+            speculation=speculation is Switch.ON,
+            drafter=drafter,
+        ),
     )
     _writable(json_file)
     with model_bars() as downloads, _counter("samples") as counted:
@@ -102,6 +114,8 @@ def steps(
         str, typer.Option(help="JSON-lines file of recorded runs, or the name of one that ships.")
     ] = "coding",
     limit: Limit = None,
+    speculation: Speculation = Switch.OFF,
+    drafter: Drafter = None,
     precision: Precision = None,
     threads: Threads = None,
     peer: Annotated[
@@ -118,7 +132,13 @@ def steps(
         model=model,
         trace=shipped("traces", trace),
         limit=limit,
-        terms=Terms(precision, threads, tuple(name.value for name in peer or ())),
+        terms=Terms(
+            precision=precision,
+            threads=threads,
+            peers=tuple(name.value for name in peer or ()),
+            speculation=speculation is Switch.ON,
+            drafter=drafter,
+        ),
     )
     _writable(json_file)
     with model_bars() as downloads, _counter("steps") as counted:

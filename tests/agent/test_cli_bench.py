@@ -47,12 +47,13 @@ def test_quality_writes_json_and_a_table(
     ("arguments", "complaint"),
     [
         (["decode", "--prompts", "no-such-set"], "no-such-set: no such file"),
-        (["decode", "--speculation", "on"], "--speculation off"),
+        (["decode", "--speculation", "on"], "no drafter ships"),
+        (["decode", "--drafter", "."], "only with speculation on"),
         (["steps", "--trace", "no-such-trace"], "none ships by that name (coding"),
         (["quality", "--text", "no-such-text"], "no-such-text"),
         (["quality", "--precision", "int3"], "int3"),
     ],
-    ids=["prompts", "speculation", "trace", "text", "precision"],
+    ids=["prompts", "speculation", "drafter", "trace", "text", "precision"],
 )
 def test_a_mistake_is_one_line_and_leaves_no_report(
     arguments: list[str],

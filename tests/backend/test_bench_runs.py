@@ -146,6 +146,7 @@ def test_steps_report_what_the_contract_names(replayed: StepsReport) -> None:
     assert spread["by_kind"].keys() == {"text", "tool_call", "typed_result"}
     assert sum(kind["sum"] for kind in spread["by_kind"].values()) == pytest.approx(spread["sum"])
     assert document["peers"] == {}
+    assert document["speculation"] == "off"
 
 
 def test_constrained_steps_are_valid_even_from_a_model_of_noise(replayed: StepsReport) -> None:
@@ -201,8 +202,8 @@ def test_bf16_against_itself_changes_nothing(tiny_checkpoint: Checkpoint) -> Non
 
 def test_settings_that_cannot_work_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     prompts = tmp_path / "p.jsonl"
-    with pytest.raises(BenchError, match="speculat"):
-        DecodeSettings(model="m", prompts=prompts, max_new_tokens=4, speculation="on")
+    with pytest.raises(BenchError, match="speculation on"):
+        Terms(drafter=tmp_path)
     with pytest.raises(BenchError, match="max-new-tokens"):
         DecodeSettings(model="m", prompts=prompts, max_new_tokens=0)
     with pytest.raises(BenchError, match="unknown peer 'vllm'"):

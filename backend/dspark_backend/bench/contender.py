@@ -18,7 +18,8 @@ from dspark_backend.metrics import EngineMetrics
 class ContenderSpec:
     """What a contender loads. ``folder`` holds the converted weights and the tokenizer, ``gguf``
     the file they were converted from; ``end_token_ids`` end a turn; ``dialect`` names how this
-    model writes tool calls."""
+    model writes tool calls. ``speculation`` and ``drafter`` (a checkpoint folder; ``None`` for the
+    one that ships) are our engine's alone."""
 
     model: str
     folder: Path
@@ -28,6 +29,8 @@ class ContenderSpec:
     precision: str | None
     threads: int
     max_context: int
+    speculation: bool = False
+    drafter: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,6 @@ class DecodeSettings:
     limit: int | None = None
     temperature: float = 0.0
     seed: int = 0
-    speculation: Literal["on", "off"] = "off"
     terms: Terms = field(default_factory=Terms)
 
     def __post_init__(self) -> None:
@@ -97,11 +96,6 @@ class DecodeSettings:
             raise BenchError(f"max-new-tokens must be at least 1, not {self.max_new_tokens}")
         if self.temperature < 0.0:
             raise BenchError(f"temperature must not be negative, not {self.temperature}")
-        if self.speculation == "on":
-            raise BenchError(
-                "this version decodes plainly, there is nothing to speculate with: "
-                "use --speculation off"
-            )
 
 
 OnSample = Callable[[int, int], None]
@@ -139,7 +133,7 @@ def run_decode(
             host=host_facts(),
             model=settings.model,
             precision=ours.loaded.precision,
-            speculation=settings.speculation,
+            speculation=settings.terms.switch,
             threads=lineup.threads,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,

@@ -21,6 +21,8 @@ class DSparkContender:
             precision=spec.precision,
             threads=spec.threads,
             max_context=spec.max_context,
+            speculation=spec.speculation,
+            drafter=spec.drafter,
         )
         self._session: Session | None = None
         self.loaded = Loaded(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from dspark_backend.bench.contender import ContenderSpec, Turn
 from dspark_backend.bench.errors import BenchError
@@ -44,11 +45,14 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What is equal for all. ``threads`` ``None`` takes the usable cores."""
+    """Who takes part, and how. ``threads`` are equal for all, ``None`` takes the usable cores;
+    ``precision``, ``speculation`` and ``drafter`` are our engine's."""
 
     precision: str | None = None
     threads: int | None = None
     peers: tuple[str, ...] = ()
+    speculation: bool = False
+    drafter: Path | None = None
 
     def __post_init__(self) -> None:
         unknown = [peer for peer in self.peers if peer not in PEERS]
@@ -56,6 +60,13 @@ class Terms:
             raise BenchError(f"unknown peer {unknown[0]!r}: choose from {', '.join(PEERS)}")
         if self.threads is not None and self.threads < 1:
             raise BenchError(f"threads must be at least 1, not {self.threads}")
+        if self.drafter is not None and not self.speculation:
+            raise BenchError("a drafter drafts only with speculation on")
+
+    @property
+    def switch(self) -> Literal["on", "off"]:
+        """Speculation as the reports spell it."""
+        return "on" if self.speculation else "off"
 
 
 class Lineup:
@@ -72,6 +83,8 @@ class Lineup:
             precision=terms.precision,
             threads=self.threads,
             max_context=_rounded(context, subject.files.config.max_position_embeddings),
+            speculation=terms.speculation,
+            drafter=terms.drafter,
         )
         with ExitStack() as stack:
             # Peers first: what keeps one of them from taking part shows within a second.

@@ -80,6 +80,7 @@ def run_steps(
             host=host_facts(),
             model=settings.model,
             precision=lineup.ours.loaded.precision,
+            speculation=settings.terms.switch,
             threads=lineup.threads,
             load_s=lineup.ours.loaded.load_s,
             runs=tuple(runs[lineup.ours.name]),

@@ -159,6 +159,7 @@ class StepsReport(BaseModel):
     host: HostFacts
     model: str
     precision: str
+    speculation: Literal["on", "off"]
     threads: int
     load_s: float
     runs: tuple[StepsRun, ...]
