@@ -28,17 +28,19 @@ from dspark_agent import (
 )
 from dspark_tools import ProcessLimits, Pytest, Workspace
 
-SIGNATURE = "def slugify(title: str) -> str:"
+SIGNATURE = "def is_leap_year(year: int) -> bool:"
 TESTS = """\
-from slug import slugify
+from years import is_leap_year
 
 
-def test_words_are_joined_by_hyphens_in_lower_case():
-    assert slugify("Hello World") == "hello-world"
+def test_every_fourth_year_is_a_leap_year():
+    assert is_leap_year(2024)
+    assert not is_leap_year(2023)
 
 
-def test_spaces_do_not_add_up():
-    assert slugify("  a   small model ") == "a-small-model"
+def test_of_the_centuries_only_every_fourth_is():
+    assert is_leap_year(2000)
+    assert not is_leap_year(1900)
 """
 
 
@@ -54,7 +56,7 @@ async def write_function(
 ) -> tuple[StepResult[Any], ...]:
     """Ask for the function until its tests pass, ``tries`` times at most; the step of each try."""
     workspace = Workspace(folder)
-    workspace.write_text("test_slug.py", TESTS)
+    workspace.write_text("test_years.py", TESTS)
     tests = Pytest(workspace, limits=ProcessLimits(timeout_s=10.0), plugins=False)
 
     async def write_code(ctx: RunContext, code: str) -> str:
@@ -63,7 +65,7 @@ async def write_function(
         Args:
             code: The complete function.
         """
-        workspace.write_text("slug.py", code)
+        workspace.write_text("years.py", code)
         report = await tests.report()
         if not report.ok and ctx.retry < ctx.max_retries:
             raise ModelRetry(f"{report.text(max_failures=1)}\nWrite the function differently.")

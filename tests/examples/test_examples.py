@@ -61,7 +61,7 @@ async def test_a_function_is_written_again_until_the_tries_are_used_up(
         assert "failed" in (refused.retry_reason or "")
     assert steps[-1].retry_reason is None
     assert re.search(r"passed|failed|could not run", steps[-1].tool_result)
-    assert (tmp_path / "slug.py").read_text() == steps[-1].tool_calls[0].args["code"]
+    assert (tmp_path / "years.py").read_text() == steps[-1].tool_calls[0].args["code"]
 
 
 @pytest.mark.real_model
