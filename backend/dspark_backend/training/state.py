@@ -77,7 +77,10 @@ def load_state(
                 kind: _get(tensors, folder, f"{kind}{_SEP}{name}").to(parameter.device)
                 for kind in ("exp_avg", "exp_avg_sq")
             }
-            optimiser.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+            optimiser.state[parameter] = {
+                "step": torch.tensor(float(step), device=parameter.device),
+                **moments,
+            }
     return step
 
 
