@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar, cast
 
 import numba
+import torch
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -63,12 +64,15 @@ def threads(count: int) -> Iterator[None]:
     """Run the kernels of this block on ``count`` threads, one engine of the process at a time.
 
     The lock is there because Numba's fallback threading layer may not be entered twice, and
-    because two engines taking turns beat two engines fighting over the same cores.
+    because two engines taking turns beat two engines fighting over the same cores. Numba's OpenMP
+    layer sets the thread count that torch reads as well, so that one is restored too.
     """
     with _lock:
-        before = numba.get_num_threads()
+        before, torch_before = numba.get_num_threads(), torch.get_num_threads()
         numba.set_num_threads(max(1, min(count, default_threads())))
         try:
             yield
         finally:
             numba.set_num_threads(before)
+            if torch.get_num_threads() != torch_before:
+                torch.set_num_threads(torch_before)

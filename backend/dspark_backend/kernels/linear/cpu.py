@@ -17,11 +17,13 @@ from dspark_backend.kernels.linear import vnni
 BLOCK = 32  # output channels a work item: its weights stay in the first cache over all rows
 MAX_DEPTH = 2**31 // (255 * 127)  # longest dot product that cannot overflow int32
 
-_tile_1x4 = vnni.dot_tile(1, 4)
-_tile_2x4 = vnni.dot_tile(2, 4)
-_tile_4x4 = vnni.dot_tile(4, 4)
-_tile_6x4 = vnni.dot_tile(6, 4)
-_tile_1x1 = vnni.dot_tile(1, 1)
+# Activations of at most this many bytes stay in the first cache beside a stream of weights.
+NARROW_BYTES = 16384
+
+_tile_1x1, _tile_2x1, _tile_3x1, _tile_4x1 = (vnni.dot_tile(rows, 1) for rows in (1, 2, 3, 4))
+_tile_5x1, _tile_6x1, _tile_7x1, _tile_8x1 = (vnni.dot_tile(rows, 1) for rows in (5, 6, 7, 8))
+_tile_1x4, _tile_2x4 = vnni.dot_tile(1, 4), vnni.dot_tile(2, 4)
+_tile_4x4, _tile_6x4 = vnni.dot_tile(4, 4), vnni.dot_tile(6, 4)
 
 
 def padded(k: int) -> int:
@@ -56,34 +58,65 @@ def _quantise(
 
 
 @kernel
+def _dot_channel(x: int, w: int, k: int, out: int, ldo: int, rows: int) -> None:
+    """All rows against one channel."""
+    while rows >= 8:
+        _tile_8x1(x, k, w, k, k, out, ldo)
+        x += 8 * k
+        out += 4 * 8 * ldo
+        rows -= 8
+    if rows == 1:
+        _tile_1x1(x, k, w, k, k, out, ldo)
+    elif rows == 2:
+        _tile_2x1(x, k, w, k, k, out, ldo)
+    elif rows == 3:
+        _tile_3x1(x, k, w, k, k, out, ldo)
+    elif rows == 4:
+        _tile_4x1(x, k, w, k, k, out, ldo)
+    elif rows == 5:
+        _tile_5x1(x, k, w, k, k, out, ldo)
+    elif rows == 6:
+        _tile_6x1(x, k, w, k, k, out, ldo)
+    elif rows == 7:
+        _tile_7x1(x, k, w, k, k, out, ldo)
+
+
+@kernel
+def _dot_rows(x: int, w: int, k: int, out: int, ldo: int, step: int, cols: int) -> None:
+    """``step`` rows (1, 2, 4 or 6) against ``cols`` channels, four at a time."""
+    n = 0
+    while n + 4 <= cols:
+        at, to = w + n * k, out + 4 * n
+        if step == 6:
+            _tile_6x4(x, k, at, k, k, to, ldo)
+        elif step == 4:
+            _tile_4x4(x, k, at, k, k, to, ldo)
+        elif step == 2:
+            _tile_2x4(x, k, at, k, k, to, ldo)
+        else:
+            _tile_1x4(x, k, at, k, k, to, ldo)
+        n += 4
+    while n < cols:
+        _dot_channel(x, w + n * k, k, out + 4 * n, ldo, step)
+        n += 1
+
+
+@kernel
 def _dot_block_simd(
     q: NDArray[np.uint8], w: NDArray[np.int8], first: int, cols: int, acc: NDArray[np.int32]
 ) -> None:
-    rows, depth, ldo = q.shape[0], q.shape[1], acc.shape[1]
-    weights = w.ctypes.data + first * depth
+    rows, k, ldo = q.shape[0], q.shape[1], acc.shape[1]
+    x, out = q.ctypes.data, acc.ctypes.data
+    weights = w.ctypes.data + first * k
+    if rows * k <= NARROW_BYTES:
+        for n in range(cols):
+            _dot_channel(x, weights + n * k, k, out + 4 * n, ldo, rows)
+        return
     m = 0
     while m < rows:
         left = rows - m
         step = 6 if left >= 6 else (4 if left >= 4 else (2 if left >= 2 else 1))
-        x = q.ctypes.data + m * depth
-        out = acc.ctypes.data + 4 * m * ldo
-        n = 0
-        while n + 4 <= cols:
-            at = weights + n * depth
-            if step == 6:
-                _tile_6x4(x, depth, at, depth, depth, out + 4 * n, ldo)
-            elif step == 4:
-                _tile_4x4(x, depth, at, depth, depth, out + 4 * n, ldo)
-            elif step == 2:
-                _tile_2x4(x, depth, at, depth, depth, out + 4 * n, ldo)
-            else:
-                _tile_1x4(x, depth, at, depth, depth, out + 4 * n, ldo)
-            n += 4
-        while n < cols:
-            for i in range(step):
-                to = out + 4 * (i * ldo + n)
-                _tile_1x1(x + i * depth, depth, weights + n * depth, depth, depth, to, ldo)
-            n += 1
+        _dot_rows(x + m * k, weights, k, out + 4 * m * ldo, ldo, step, cols)
         m += step
 
 
@@ -114,19 +147,24 @@ def _finish(
     cols: int,
     out: NDArray[np.float32],
 ) -> None:
-    """Take the offset of 128 out of the integer sums, then scale once, in float64."""
+    """Take the offset of 128 out of the integer sums, then scale; one rounding for one plane's
+    sums, none before the scale for two."""
     for r in range(row_scale.shape[0]):
-        for c in range(cols):
-            n = first + c
-            if planes == 1:
-                whole = np.float64(acc[r, c] - np.int32(128) * sums[n])
-            else:
+        step = row_scale[r]
+        if planes == 1:
+            for c in range(cols):
+                n = first + c
+                whole = np.float32(acc[r, c] - np.int32(128) * sums[n])
+                out[r, n] = whole * (step * scale[n])
+        else:
+            for c in range(cols):
+                n = first + c
                 high = np.float64(acc[2 * r, c] - np.int32(128) * sums[n])
-                whole = high * 256.0 + np.float64(acc[2 * r + 1, c])
-            value = whole * np.float64(row_scale[r] * scale[n])
-            if bias.shape[0] > 0:
-                value += np.float64(bias[n])
-            out[r, n] = np.float32(value)
+                exact = high * 256.0 + np.float64(acc[2 * r + 1, c])
+                out[r, n] = np.float32(exact * np.float64(step * scale[n]))
+        if bias.shape[0] > 0:
+            for c in range(cols):
+                out[r, first + c] += bias[first + c]
 
 
 @parallel_kernel

@@ -2,11 +2,14 @@
 
 LLVM does not find this instruction from a loop, and everything else in the product is memory
 bandwidth: one pass over the weights serves every row of the tile, so verifying eight tokens costs
-little more than decoding one.
+little more than decoding one. A tile of one channel reads its weights strictly in order, which the
+hardware's prefetcher rewards with twice the bandwidth of four interleaved channels; a tile of four
+loads the activations a quarter as often, which pays once those no longer fit the first cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -15,6 +18,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 LANES = 64  # bytes a step along k; callers pad k to a multiple of it
+_GROUP = 4  # accumulators that are summed together
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _ACC = ir.VectorType(_I32, 16)
@@ -30,6 +34,33 @@ def available() -> bool:
 
 def _declare(module: ir.Module, name: str, kind: ir.FunctionType) -> Any:
     return module.globals.get(name) or ir.Function(module, kind, name)
+
+
+def _shuffle(b: Any, x: Any, y: Any, lanes: Sequence[int]) -> Any:
+    return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(_I32, len(lanes)), list(lanes)))
+
+
+def _halves(b: Any, x: Any) -> Any:
+    """The lower half of a vector plus its upper half."""
+    half = x.type.count // 2
+    return b.add(_shuffle(b, x, x, range(half)), _shuffle(b, x, x, range(half, 2 * half)))
+
+
+def _sums(b: Any, accumulators: Sequence[Any]) -> list[Any]:
+    """The lane sum of each accumulator.
+
+    A whole group is summed like a transposition, in a third of the instructions of one by one.
+    """
+    if len(accumulators) < _GROUP:
+        total = _declare(b.module, "llvm.vector.reduce.add.v16i32", ir.FunctionType(_I32, [_ACC]))
+        return [b.call(total, [accumulator]) for accumulator in accumulators]
+    quarters = [_halves(b, _halves(b, accumulator)) for accumulator in accumulators]
+    pairs = [
+        b.add(_shuffle(b, x, y, (0, 2, 4, 6)), _shuffle(b, x, y, (1, 3, 5, 7)))
+        for x, y in (quarters[:2], quarters[2:])
+    ]
+    sums = b.add(_shuffle(b, *pairs, (0, 2, 4, 6)), _shuffle(b, *pairs, (1, 3, 5, 7)))
+    return [b.extract_element(sums, ir.Constant(_I32, i)) for i in range(_GROUP)]
 
 
 def dot_tile(rows: int, cols: int) -> Any:
@@ -50,9 +81,6 @@ def dot_tile(rows: int, cols: int) -> Any:
                 b.module,
                 "llvm.x86.avx512.vpdpbusd.512",
                 ir.FunctionType(_ACC, [_ACC, _OPERAND, _OPERAND]),
-            )
-            total = _declare(
-                b.module, "llvm.vector.reduce.add.v16i32", ir.FunctionType(_I32, [_ACC])
             )
             entry = b.block
             body, done = b.append_basic_block("k"), b.append_basic_block("done")
@@ -86,11 +114,15 @@ def dot_tile(rows: int, cols: int) -> Any:
                     acc[m][n].add_incoming(grown[m][n], end)
             b.cbranch(b.icmp_signed("<", following, depth), body, done)
             b.position_at_end(done)
-            for m in range(rows):
-                for n in range(cols):
+            cells = [(m, n) for m in range(rows) for n in range(cols)]
+            for first in range(0, len(cells), _GROUP):
+                group = cells[first : first + _GROUP]
+                for (m, n), value in zip(
+                    group, _sums(b, [grown[m][n] for m, n in group]), strict=True
+                ):
                     element = b.add(b.mul(ldo, ir.Constant(_I64, m)), ir.Constant(_I64, n))
                     address = b.add(out, b.mul(ir.Constant(_I64, 4), element))
-                    b.store(b.call(total, [grown[m][n]]), b.inttoptr(address, _I32.as_pointer()))
+                    b.store(value, b.inttoptr(address, _I32.as_pointer()))
             return context.get_dummy_value()
 
         return signature, codegen
