@@ -55,11 +55,12 @@ def _sums(b: Any, accumulators: Sequence[Any]) -> list[Any]:
         total = _declare(b.module, "llvm.vector.reduce.add.v16i32", ir.FunctionType(_I32, [_ACC]))
         return [b.call(total, [accumulator]) for accumulator in accumulators]
     quarters = [_halves(b, _halves(b, accumulator)) for accumulator in accumulators]
-    pairs = [
-        b.add(_shuffle(b, x, y, (0, 2, 4, 6)), _shuffle(b, x, y, (1, 3, 5, 7)))
+    evens, odds = (0, 2, 4, 6), (1, 3, 5, 7)
+    left, right = (
+        b.add(_shuffle(b, x, y, evens), _shuffle(b, x, y, odds))
         for x, y in (quarters[:2], quarters[2:])
-    ]
-    sums = b.add(_shuffle(b, *pairs, (0, 2, 4, 6)), _shuffle(b, *pairs, (1, 3, 5, 7)))
+    )
+    sums = b.add(_shuffle(b, left, right, evens), _shuffle(b, left, right, odds))
     return [b.extract_element(sums, ir.Constant(_I32, i)) for i in range(_GROUP)]
 
 
