@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dspark_backend.catalog import ModelFiles, resolve
+from dspark_backend.catalog.files import folder_identity
+from dspark_backend.catalog.home import delete
 from dspark_backend.checkpoint.config import TargetConfig
 from dspark_backend.checkpoint.layout import tensor_shapes
+from dspark_backend.target.quantised import quantised_folder
 
 TinyCheckpoint = Callable[..., Path]
 
@@ -64,7 +67,7 @@ def smollm2_files() -> ModelFiles:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyCheckpoint]:
     """Makes checkpoint folders with random weights, which transformers loads too.
 
     ``tiny_checkpoint("qwen3", num_hidden_layers=3)``: the family, then any field of its
@@ -91,7 +94,10 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
             made[key] = folder
         return made[key]
 
-    return make
+    yield make
+    # Loading one in int8 leaves its quantised form in the user's cache: that goes with the folder.
+    for folder in made.values():
+        delete(quantised_folder(folder_identity(folder)))
 
 
 def _config(family: str, fields: dict[str, Any]) -> dict[str, Any]:
