@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from dspark_tools.functions import (
     Functions,
+    clean_code,
     function_contract,
     function_names,
+    function_pattern,
     function_source,
     replace_function,
-    strip_fence,
 )
 from dspark_tools.workspace import Workspace, WorkspaceError
 
@@ -43,9 +45,58 @@ def test_names_and_source() -> None:
     )
 
 
-def test_contract_is_the_source_without_the_body() -> None:
+def test_contract_is_the_function_without_its_body() -> None:
     assert function_contract(MODULE, "area") == 'def area(r):\n    """Area of a circle."""'
     assert function_contract(MODULE, "size") == "@property\ndef size(self):"
+
+
+def test_contract_with_open_defaults() -> None:
+    text = 'def f(a, b=[], *, c, d=2):\n    """Doc."""\n    return b\n'
+
+    assert function_contract(text, "f", open_defaults=True) == (
+        'def f(a, b=?, *, c, d=?):\n    """Doc."""'
+    )
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def area(r):\n    return 1",
+        "def area(r: float, k=None) -> float:\n    if r:\n        return 1\n\n    return 2",
+        "def area(r):\n    r += 1\n    ret = r\n    retur = 1\n    print(ret)",
+        "def area(r):\n    return {\n        1: 2,\n    }",
+        "def area(r):\n    for x in r:\n        return x\n    else:\n        pass",
+    ],
+)
+def test_pattern_admits_the_function(code: str) -> None:
+    assert re.search(function_pattern(MODULE, "area"), code)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def size(r):\n    return 1",
+        "def area(r): return 1",
+        "def area(r):\n    return 1\n\nprint(area(1))",
+        "def area(r):\n    return 1\n}",
+        "def area(r):",
+        "def area(r=?):\n    return r",
+        "def area(r):\n    r = 1\n    }}",
+        "def area(r):\n    return r\n    }}",
+        "def area(r):\n    return r\n     # Your code here",
+        "def area(r):\n    return 1\n    x = 2",
+        "def area(r):\n    return 1\n\n    def more():\n        pass",
+    ],
+)
+def test_pattern_admits_nothing_else(code: str) -> None:
+    assert not re.search(function_pattern(MODULE, "area"), code)
+
+
+def test_pattern_of_an_async_function() -> None:
+    pattern = function_pattern("async def f():\n    pass\n", "f")
+
+    assert re.search(pattern, "async def f():\n    return 1")
+    assert not re.search(pattern, "def f():\n    return 1")
 
 
 def test_replaces_the_function_and_keeps_its_docstring() -> None:
@@ -59,6 +110,17 @@ def test_new_docstring_wins() -> None:
 
     assert '"""New."""' in changed
     assert "Area of a circle" not in changed
+
+
+def test_function_in_one_line_is_split() -> None:
+    changed = replace_function(MODULE, "def area(r): return 'ø' if r < 0 else math.pi * r ** 2")
+
+    assert changed == MODULE.replace(
+        "return math.pi * r\n", "return 'ø' if r < 0 else math.pi * r ** 2\n"
+    )
+    assert '(self):\n        return "sq"\n' in replace_function(
+        MODULE, 'def name(self): return "sq"'
+    )
 
 
 def test_methods_keep_decorators_and_indentation() -> None:
@@ -109,7 +171,18 @@ def test_examples_beside_the_function_are_left_out() -> None:
     "code", ["```python\ndef f():\n    pass\n```\nDone.", "    def f():\n        pass"]
 )
 def test_fences_and_indentation_are_taken_off(code: str) -> None:
-    assert strip_fence(code) == "def f():\n    pass"
+    assert clean_code(code) == "def f():\n    pass"
+
+
+@pytest.mark.parametrize("end", ["}", "}}", '"}}', "\n    }}", "]\n```"])
+def test_ends_of_json_are_taken_off(end: str) -> None:
+    assert clean_code("def f():\n    return {1: [2]}" + end).rstrip() == (
+        "def f():\n    return {1: [2]}"
+    )
+
+
+def test_code_that_stays_wrong_is_left_as_it_is() -> None:
+    assert clean_code("def f(:\n    return {}}") == "def f(:\n    return {}}"
 
 
 def test_windows_line_ends_are_kept() -> None:

@@ -7,6 +7,7 @@ has seen most. So the edit is the whole function, and finding the old one is our
 from __future__ import annotations
 
 import ast
+import copy
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class Functions:
         text = self.workspace.read_text(path)
         changed = replace_function(text, code, path)
         self.workspace.write_text(path, changed)
-        name = _only_function(_parse_code(code)).name
+        name = _only_function(_parse_code(clean_code(code))).name
         source = function_source(changed, name)
         return f"Rewrote {name} in {path}:\n" + "\n".join(number_lines(source.splitlines()))
 
@@ -63,19 +64,43 @@ def function_source(text: str, name: str) -> str:
     return textwrap.dedent("\n".join(lines))
 
 
-def function_contract(text: str, name: str) -> str:
-    """What a function promises: its source up to the end of its docstring, without the body.
+def function_contract(text: str, name: str, *, open_defaults: bool = False) -> str:
+    """What a function promises: its signature and docstring, without the body.
+
+    With ``open_defaults`` the default values are written as ``?``, for whoever shall choose them.
+
+    Raises:
+        WorkspaceError: The module has no such function, or several.
+    """
+    node = copy.deepcopy(_find(ast.parse(text), name, "the module"))
+    node.body = node.body[:1] if ast.get_docstring(node) is not None else []
+    if open_defaults:
+        blank = ast.Name("?")
+        node.args.defaults = [blank for _ in node.args.defaults]
+        node.args.kw_defaults = [blank if value else None for value in node.args.kw_defaults]
+    return ast.unparse(node)
+
+
+def function_pattern(text: str, name: str) -> str:
+    """A regular expression for new code of a function, to hold a model to.
+
+    It fixes the name, keeps brackets and open defaults out of the parameters, and ends where the
+    function does: after a ``return`` of the outermost level, where small models like to run on.
 
     Raises:
         WorkspaceError: The module has no such function, or several.
     """
     node = _find(ast.parse(text), name, "the module")
-    lines = text.splitlines()
-    if ast.get_docstring(node) is not None:
-        end = node.body[0].end_lineno
-    else:
-        end = max(node.body[0].lineno - 1, node.lineno)
-    return textwrap.dedent("\n".join(lines[_first_line(node) - 1 : end]))
+    keyword = "async def" if isinstance(node, ast.AsyncFunctionDef) else "def"
+    head = rf"{keyword} {name}\([^()?\n]*\)( -> [^:\n]+)?:"
+    # Without look-ahead: a line that does not start with "return", letter by letter; nor with
+    # a closing brace, which is the model ending its JSON inside the string.
+    starts = [r"[^r }\n]", *(f"{'return'[:i]}[^{'return'[i]}\\n]" for i in range(1, 6))]
+    other = "|".join([*starts, r"return[A-Za-z0-9_]"])
+    line = rf"\n{{1,2}}( {{5,}}[^ \n]| {{4}}({other}))[^\n]*"
+    over_lines = r"[^\n]*[\[({](\n {5,}[^ \n][^\n]*)+\n {4}[\])}]+"
+    last = rf"\n{{1,2}} {{4}}return([^\n]*|{over_lines})"
+    return f"^{head}(({line})+({last})?|{last})$"
 
 
 def replace_function(text: str, code: str, path: str = "the module") -> str:
@@ -89,6 +114,7 @@ def replace_function(text: str, code: str, path: str = "the module") -> str:
     """
     newline = "\r\n" if "\r\n" in text else "\n"
     text = text.replace("\r\n", "\n")
+    code = _body_below(clean_code(code))
     fresh = _parse_code(code)
     function = _only_function(fresh)
     try:
@@ -99,8 +125,7 @@ def replace_function(text: str, code: str, path: str = "the module") -> str:
         ) from None
     old = _find(tree, function.name, path)
 
-    source = strip_fence(code).splitlines()
-    body = source[_first_line(function) - 1 : function.end_lineno]
+    body = code.splitlines()[_first_line(function) - 1 : function.end_lineno]
     kept_decorators = [] if function.decorator_list else _lines(text, _first_line(old), old.lineno)
     fresh_lines = [*kept_decorators, *_indented(body, old.col_offset)]
     if ast.get_docstring(function) is None and ast.get_docstring(old) is not None:
@@ -120,21 +145,48 @@ def replace_function(text: str, code: str, path: str = "the module") -> str:
     return changed.replace("\n", newline)
 
 
-def strip_fence(code: str) -> str:
-    """The code inside a Markdown fence, or ``code`` itself; dedented."""
+def clean_code(code: str) -> str:
+    """The code inside a Markdown fence, or ``code`` itself; dedented, and without the brackets
+    with which small models end their JSON inside the string."""
     lines = code.strip("\n").splitlines()
     if lines and lines[0].startswith("```"):
         end = next((i for i, line in enumerate(lines[1:], 1) if line.startswith("```")), len(lines))
         lines = lines[1:end]
-    return textwrap.dedent("\n".join(lines))
+    whole = textwrap.dedent("\n".join(lines))
+    shorter = whole
+    while not _parses(shorter) and shorter.rstrip()[-1:] in ("}", "]", "`", '"'):
+        shorter = shorter.rstrip()[:-1]
+    return shorter if _parses(shorter) else whole
+
+
+def _parses(code: str) -> bool:
+    try:
+        ast.parse(code)
+    except (SyntaxError, ValueError):
+        return False
+    return True
 
 
 _IMPORTS = (ast.Import, ast.ImportFrom)
 
 
+def _body_below(code: str) -> str:
+    """The code with a function written in one line (``def f(x): return x``) split in two."""
+    function = _only_function(_parse_code(code))
+    first = function.body[0]
+    lines = code.splitlines()
+    # Columns count bytes of UTF-8.
+    line = lines[first.lineno - 1].encode()
+    head, rest = line[: first.col_offset], line[first.col_offset :]
+    if not head.strip():
+        return code
+    lines[first.lineno - 1 : first.lineno] = [head.decode().rstrip(), f"    {rest.decode()}"]
+    return "\n".join(lines)
+
+
 def _parse_code(code: str) -> ast.Module:
     try:
-        return ast.parse(strip_fence(code))
+        return ast.parse(code)
     except (SyntaxError, ValueError) as error:
         where = f" in line {error.lineno}" if isinstance(error, SyntaxError) else ""
         raise WorkspaceError(f"the code is not valid Python{where}: {error}.") from None
