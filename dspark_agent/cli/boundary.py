@@ -48,10 +48,11 @@ def _interrupted() -> int:
 def _report(error: Exception, debug: bool) -> int:
     error = _only(error)
     if is_expected(error):
-        err().print(f"[bad]error:[/] {escape(_message(error))}")
+        err().print(f"[bad]error:[/] {escape(_message(error))}", soft_wrap=True)
         return MISTAKE
     hint = "" if debug else "; `dspark-agent --debug ...` shows the trace"
-    err().print(f"[bad]internal error:[/] {escape(f'{type(error).__name__}: {error}{hint}')}")
+    said = escape(f"{type(error).__name__}: {error}{hint}")
+    err().print(f"[bad]internal error:[/] {said}", soft_wrap=True)
     return BUG
 
 
