@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import threading
-from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -108,43 +106,63 @@ def test_dangling_links_do_not_create_their_target(workspace: Workspace, outside
     assert not (outside / "new.txt").exists()
 
 
-def test_swapping_a_folder_for_a_link_meanwhile_gains_nothing(
-    workspace: Workspace, outside: Path
+def swap_before(
+    call: str, name: str, target: Path, link_to: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rival puts a link to the outside in the place of ``src``, again and again."""
+    """A rival puts a link in the place of ``target`` right before ``os.call`` acts on ``name``:
+    after any check that came earlier."""
+    real = getattr(os, call)
+
+    def rival(path: str, *args: Any, **kwargs: Any) -> Any:
+        if path == name or (args and args[0] == name):
+            target.rename(target.parent.parent / "attic")
+            target.symlink_to(link_to)
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, call, rival)
+
+
+def test_folder_swapped_for_a_link_at_the_last_moment(
+    workspace: Workspace, outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (outside / "calc.py").write_text("secret")
-    source, attic = workspace.root / "src", workspace.root.parent / "attic"
-    attic.mkdir()
-    stop = threading.Event()
+    swap_before("open", "src", workspace.root / "src", outside, monkeypatch)
 
-    def rival() -> None:
-        for round_ in itertools.count():
-            if stop.is_set():
-                return
-            # The workspace makes missing folders itself, so any of these may lose the race.
-            with suppress(OSError):
-                source.rename(attic / str(round_))
-            with suppress(OSError):
-                source.symlink_to(outside)
-            with suppress(OSError):
-                source.unlink()
+    with pytest.raises(WorkspaceError, match="symbolic link"):
+        workspace.read_text("src/calc.py")
 
-    thread = threading.Thread(target=rival)
-    thread.start()
-    seen: set[str] = set()
-    try:
-        for _ in range(500):
-            with suppress(WorkspaceError):
-                workspace.write_text("src/calc.py", "x = 1\n")
-            with suppress(WorkspaceError):
-                seen.add(workspace.read_text("src/calc.py"))
-    finally:
-        stop.set()
-        thread.join()
 
-    assert seen <= {"x = 1\n"}
-    assert (outside / "calc.py").read_text() == "secret"
-    assert sorted(path.name for path in outside.iterdir()) == ["calc.py", "secret.txt"]
+def test_folder_swapped_for_a_link_while_writing(
+    workspace: Workspace, outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swap_before("open", "src", workspace.root / "src", outside, monkeypatch)
+
+    with pytest.raises(WorkspaceError, match="symbolic link"):
+        workspace.write_text("src/calc.py", "x = 2\n")
+    assert [path.name for path in outside.iterdir()] == ["secret.txt"]
+
+
+def test_file_swapped_for_a_link_at_the_last_moment(
+    workspace: Workspace, outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = workspace.root / "src" / "calc.py"
+    swap_before("open", "calc.py", file, outside / "secret.txt", monkeypatch)
+
+    with pytest.raises(WorkspaceError, match="symbolic link"):
+        workspace.read_text("src/calc.py")
+
+
+def test_file_swapped_for_a_link_while_writing(
+    workspace: Workspace, outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = workspace.root / "src" / "calc.py"
+    swap_before("replace", "calc.py", file, outside / "secret.txt", monkeypatch)
+
+    workspace.write_text("src/calc.py", "x = 2\n")
+
+    assert (outside / "secret.txt").read_text() == "secret"
+    assert not file.is_symlink()
+    assert file.read_text() == "x = 2\n"
 
 
 def test_named_pipes_do_not_block(workspace: Workspace) -> None:
