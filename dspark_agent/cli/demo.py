@@ -72,18 +72,22 @@ async def _fix(task: BugFixTask, workspace: Workspace, model: Model) -> bool:
     from dspark_tools.bugfix import fix_bug
 
     before = Snapshot.take(workspace)
+    # The task's tests need no plugins, and loading those takes longer than running the tests.
+    tests = Pytest(workspace, plugins=False)
     out().rule(f"the task: {task.name}", style="note")
     out().print(plain(task.instruction, "bold"))
     for name in before.texts:
         out().print(plain(name, "dim"))
     out().rule("the steps", style="note")
     async with model:
-        fix = await fix_bug(model, workspace, task.instruction, on_event=StepsView(out()))
+        fix = await fix_bug(
+            model, workspace, task.instruction, tests=tests, on_event=StepsView(out())
+        )
     out().rule("the change", style="note")
     diff = before.diff(Snapshot.take(workspace))
     out().print(_syntax(diff) if diff else "[bad]nothing was changed[/]")
     out().rule("the tests", style="note")
-    report = await Pytest(workspace).report()
+    report = await tests.report()
     _show_tests(report)
     out().print()
     out().print(latency_table(fix.steps))
