@@ -1,0 +1,1 @@
+"""Benchmarks: decoding, steps and quality, ours beside peers within one run."""
