@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -39,6 +39,8 @@ from dspark_backend.target.precision import Precision, default_precision
 
 if TYPE_CHECKING:
     from dspark_backend.grammar.spec import TurnSpec
+
+T = TypeVar("T")
 
 DEFAULT_CONTEXT = 8192
 DEFAULT_KV_BYTES = 2 * 2**30
@@ -112,22 +114,28 @@ class Engine:
             RequestError: an unknown precision, a number out of range, or speculation without a
                 drafter.
         """
-        files = resolve(str(model), progress=progress)
-        chosen = default_precision(files.name) if precision is None else Precision.parse(precision)
-        longest = files.config.max_position_embeddings
-        context = min(longest, DEFAULT_CONTEXT) if max_context is None else max_context
-        if not 1 <= context <= longest:
-            raise RequestError(
-                f"max_context {context} is out of range: {files.name} was trained for {longest}"
+
+        def build() -> Engine:
+            files = resolve(str(model), progress=progress)
+            chosen = (
+                default_precision(files.name) if precision is None else Precision.parse(precision)
             )
-        workers = jit.default_threads() if threads is None else threads
-        if workers < 1:
-            raise RequestError(f"threads must be at least 1, not {workers}")
-        decoder = load_decoder(files, chosen, context, progress)
-        decoder.warm()
-        drafting = _drafter(files, speculation, drafter, context)
-        bounds = limits or Limits()
-        return cls(files, decoder, chosen, workers, kv_bytes, bounds, drafting, budget)
+            longest = files.config.max_position_embeddings
+            context = min(longest, DEFAULT_CONTEXT) if max_context is None else max_context
+            if not 1 <= context <= longest:
+                raise RequestError(
+                    f"max_context {context} is out of range: {files.name} was trained for {longest}"
+                )
+            workers = jit.default_threads() if threads is None else threads
+            if workers < 1:
+                raise RequestError(f"threads must be at least 1, not {workers}")
+            decoder = load_decoder(files, chosen, context, progress)
+            decoder.warm()
+            drafting = _drafter(files, speculation, drafter, context)
+            bounds = limits or Limits()
+            return cls(files, decoder, chosen, workers, kv_bytes, bounds, drafting, budget)
+
+        return _apart(build)
 
     # -- the public side ---------------------------------------------------------------------
 
@@ -291,6 +299,31 @@ class Engine:
                 f"the grammar was compiled for {request.grammar.words * 32} tokens, the model "
                 f"has {self.config.vocab_size}: compile it with this engine"
             )
+
+
+def _apart(build: Callable[[], T]) -> T:
+    """Run ``build`` in a thread that then ends.
+
+    An OpenMP runtime keeps a team of threads for every thread that ever computed in parallel, and
+    lets all teams sleep between products as soon as their threads outnumber the cores: waking them
+    doubles the time of a pass. So only the engine's own thread may have a team.
+    """
+    built: list[T] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            built.append(build())
+        except BaseException as error:
+            failure.append(error)
+
+    # A daemon: Ctrl-C in a long download must end the process, not wait for the download.
+    thread = threading.Thread(target=run, name="dspark-load", daemon=True)
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+    return built[0]
 
 
 def _drafter(
