@@ -88,11 +88,6 @@ class RunningStep:
     def cancelled(self) -> bool:
         return self._cancelled.is_set()
 
-    @property
-    def prefilling(self) -> bool:
-        """Whether the next pass still computes the prompt."""
-        return self._prefilling
-
     def cancel(self) -> None:
         """End the step at the next iteration of the loop; thread-safe, idempotent."""
         self._cancelled.set()
