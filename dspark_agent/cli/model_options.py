@@ -60,7 +60,7 @@ def open_model(
 
     from dspark_agent import DSparkModel
 
-    note = f"loading {name} (a machine's first load compiles the kernels, half a minute)"
+    note = f"loading {name} (a machine's first load compiles the kernels, a dozen seconds)"
     with err().status(note), model_bars() as bars:
         opened = DSparkModel(name, precision=precision, threads=threads, progress=bars)
         engine = anyio.run(opened.load)

@@ -1,7 +1,7 @@
 """How the CPU kernels are compiled: Numba, which brings its own LLVM, so no compiler is needed.
 
 ``kernel`` and ``parallel_kernel`` are the only two ways a kernel is compiled. Results are cached on
-disk, so the first load on a machine pays the compilation (about half a minute), later ones do not.
+disk, so the first load on a machine pays the compilation (a dozen seconds), later ones do not.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class Precision(StrEnum):
 
 
 # Measured with `dspark-agent bench quality`: 8-bit activations cost these models less than 1 % of
-# perplexity. SmolLM2's outlier activations cost it 5 %, so it is not among them.
+# perplexity. SmolLM2's outlier activations cost it 4 %, so it is not among them.
 _EIGHT_BIT_ACTIVATIONS = frozenset({"qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"})
 
 
