@@ -15,12 +15,11 @@ from statistics import median
 import torch
 
 from dspark_backend.kernels import jit
-from dspark_backend.kv.contiguous import KVBudget, KVShape, SequenceKV
+from dspark_backend.rehearsal import Task, drafting, sequence, verifying
 from dspark_backend.speculation.cost import CostModel
 from dspark_backend.speculation.cost_store import keep, read_kept
 from dspark_backend.speculation.cost_table import Conditions, CostTable
-from dspark_backend.speculation.protocol import Anchor, Drafter
-from dspark_backend.target.batch import Batch, Rows
+from dspark_backend.speculation.protocol import Drafter
 from dspark_backend.target.decoder import Decoder
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -30,13 +29,12 @@ CONTEXT = 256
 the slopes only bridge what is left."""
 LONG_CONTEXT = 2048
 BUDGET_S = 2.0
-_REQUESTS = 8
+_FEW = 8
 _ROUNDS = (2, 12)
 _KV_BYTES = 96 * 2**20  # for the long sequence: bounds the memory and the time to fill it
 _LEAST_SPAN = 64  # positions: a shorter difference of contexts is lost in the noise
 
 Clock = Callable[[], float]
-Task = Callable[[], object]
 
 
 def kept_or_measured(
@@ -64,37 +62,34 @@ def measure(
     ``budget_s`` bounds the repetitions; every point is timed twice at least. Other engines of the
     process go on meanwhile, one pass at a time.
     """
-    scene = _Scene.of(decoder, drafter)
-    tasks: dict[str, Task] = {f"rows {n}": scene.passing(1, n) for n in scene.rows}
-    few = scene.few
-    tasks["requests"] = scene.passing(few, 1)
-    if scene.long is not None:
-        tasks["long 1"] = scene.passing(1, 1, scene.long)
-        tasks[f"long {few}"] = scene.passing(1, few, scene.long)
+    shape = _Shape.of(decoder)
+    few, context, long = shape.few, shape.context, shape.long
+    taps = () if drafter is None else tuple(drafter.taps)
+    capacity = max(long + few, context + shape.rows[-1])
+    one = [sequence(decoder.kv_shape, capacity)]
+    several = [*one, *(sequence(decoder.kv_shape, context + 1) for _ in range(few - 1))]
+    tasks = {f"rows {n}": verifying(decoder, taps, one, n, context) for n in shape.rows}
+    tasks["requests"] = verifying(decoder, taps, several, 1, context)
+    if long:
+        tasks["long 1"] = verifying(decoder, taps, one, 1, long)
+        tasks[f"long {few}"] = verifying(decoder, taps, one, few, long)
     if drafter is not None:
-        tasks |= {f"anchors {n}": partial(drafter.propose, scene.anchors[:n]) for n in ANCHORS}
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.inference_mode():
-            seconds = repeated(tasks, partial(_timed, threads, clock), budget_s, clock)
-    finally:
-        torch.set_num_threads(before)
+        anchors = drafting(drafter, decoder, ANCHORS[-1], context)
+        tasks |= {f"anchors {n}": partial(drafter.propose, anchors[:n]) for n in ANCHORS}
+    seconds = timed(tasks, threads, budget_s, clock)
 
     position_s, pair_s = 0.0, 0.0
-    if scene.long is not None:
-        one = (seconds["long 1"] - seconds["rows 1"]) / scene.span
-        several = (seconds[f"long {few}"] - seconds[f"rows {few}"]) / scene.span
-        position_s, pair_s = attention_slopes(one, several, few)
-    further = max(few - 1, 1)
-    request_s = (seconds["requests"] - seconds[f"rows {few}"]) / further
+    if long:
+        single = (seconds["long 1"] - seconds["rows 1"]) / (long - context)
+        block = (seconds[f"long {few}"] - seconds[f"rows {few}"]) / (long - context)
+        position_s, pair_s = attention_slopes(single, block, few)
+    request_s = (seconds["requests"] - seconds[f"rows {few}"]) / max(few - 1, 1)
     return CostTable(
         conditions=conditions,
-        context=scene.context,
-        rows=scene.rows,
-        verify_s=tuple(seconds[f"rows {n}"] for n in scene.rows),
-        request_s=max(0.0, request_s - position_s * scene.context),
+        context=context,
+        rows=shape.rows,
+        verify_s=tuple(seconds[f"rows {n}"] for n in shape.rows),
+        request_s=max(0.0, request_s - position_s * context),
         position_s=position_s,
         pair_s=pair_s,
         anchors=() if drafter is None else ANCHORS,
@@ -102,8 +97,31 @@ def measure(
     )
 
 
+def timed(
+    tasks: Mapping[str, Task],
+    threads: int,
+    budget_s: float,
+    clock: Clock = time.perf_counter,
+) -> dict[str, float]:
+    """Seconds of each task on ``threads`` threads of the caller's; see :func:`repeated`."""
+
+    def once(task: Task) -> float:
+        with jit.threads(threads):  # waiting for another engine's pass is no part of the task
+            started = clock()
+            task()
+            return clock() - started
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            return repeated(tasks, once, budget_s, clock)
+    finally:
+        torch.set_num_threads(before)
+
+
 def repeated(
-    tasks: Mapping[str, Task], timed: Callable[[Task], float], budget_s: float, clock: Clock
+    tasks: Mapping[str, Task], once: Callable[[Task], float], budget_s: float, clock: Clock
 ) -> dict[str, float]:
     """Seconds of each task: rounds of all of them while the budget lasts, so that a drift of the
     machine meets every task alike.
@@ -122,7 +140,7 @@ def repeated(
             break
         before = clock()
         for name, task in tasks.items():
-            taken[name].append(timed(task))
+            taken[name].append(once(task))
     return {name: _usual(values) for name, values in taken.items()}
 
 
@@ -142,93 +160,24 @@ def attention_slopes(one: float, several: float, rows: int) -> tuple[float, floa
     return position, pair
 
 
-@dataclass(frozen=True)
-class _Scene:
-    """Sequences to run passes over, filled as in use: ``context`` positions in each of several, and
-    a longer one (``long`` of its positions, None where the model has no room for a difference)."""
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What a model has room for: the table's ``rows`` and ``context``, ``few`` rows for the slopes,
+    and a ``long`` context, 0 where none is long enough to differ measurably."""
 
-    decoder: Decoder
-    taps: tuple[int, ...]
     rows: tuple[int, ...]
     context: int
-    long: int | None
-    sequences: tuple[SequenceKV, ...]
-    anchors: tuple[Anchor, ...]
+    few: int
+    long: int
 
     @classmethod
-    def of(cls, decoder: Decoder, drafter: Drafter | None) -> _Scene:
+    def of(cls, decoder: Decoder) -> _Shape:
         room = decoder.max_positions
         context = min(CONTEXT, room // 2)
         rows = tuple(n for n in ROWS if n <= room - context)
-        few = _few(rows)
-        fits = _KV_BYTES // decoder.kv_shape.bytes_per_token
-        long = min(LONG_CONTEXT, room - few, fits)
-        if long < context + _LEAST_SPAN:
-            long = 0
-        longest = max(long + few, context + rows[-1])
-        lengths = [longest] + [context + 1] * (few - 1)
-        anchors: list[Anchor] = []
-        if drafter is not None:
-            for number in range(ANCHORS[-1]):
-                draft = _filled(drafter.context_shape, context + drafter.block_size)
-                draft.length = context
-                anchors.append(Anchor(draft, _token(number, decoder)))
-        return cls(
-            decoder=decoder,
-            taps=() if drafter is None else tuple(drafter.taps),
-            rows=rows,
-            context=context,
-            long=long or None,
-            sequences=tuple(_filled(decoder.kv_shape, length) for length in lengths),
-            anchors=tuple(anchors),
-        )
-
-    @property
-    def few(self) -> int:
-        """How many rows the slopes are measured with."""
-        return _few(self.rows)
-
-    @property
-    def span(self) -> int:
-        """Positions between the table's context and the long one."""
-        assert self.long is not None
-        return self.long - self.context
-
-    def passing(self, requests: int, rows: int, context: int | None = None) -> Task:
-        """A pass of ``rows`` rows of each of the first ``requests`` sequences."""
-        tokens = [_token(number, self.decoder) for number in range(rows)]
-
-        def run() -> None:
-            chosen = self.sequences[:requests]
-            for kv in chosen:
-                kv.length = self.context if context is None else context
-            self.decoder.forward(Batch([Rows(kv, tokens, rows) for kv in chosen]), self.taps)
-
-        return run
-
-
-def _few(rows: tuple[int, ...]) -> int:
-    return max(n for n in rows if n <= _REQUESTS)
-
-
-def _filled(shape: KVShape, length: int) -> SequenceKV:
-    kv = SequenceKV(shape, KVBudget(2**62))
-    kv.reserve(length)
-    # Memory that nobody wrote to is one shared page of zeros, and faster than any real sequence.
-    kv.keys.fill(0.02)
-    kv.values.fill(0.02)
-    return kv
-
-
-def _token(number: int, decoder: Decoder) -> int:
-    return (7919 * number + 1) % decoder.config.vocab_size
-
-
-def _timed(threads: int, clock: Clock, task: Task) -> float:
-    with jit.threads(threads):  # waiting for another engine's pass is no part of the task
-        started = clock()
-        task()
-        return clock() - started
+        few = max(n for n in rows if n <= _FEW)
+        long = min(LONG_CONTEXT, room - few, _KV_BYTES // decoder.kv_shape.bytes_per_token)
+        return cls(rows, context, few, long if long >= context + _LEAST_SPAN else 0)
 
 
 def _usual(values: list[float]) -> float:

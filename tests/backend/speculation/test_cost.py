@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -171,6 +171,7 @@ def test_one_pass_in_ten_that_hiccups_leaves_the_usual_cost() -> None:
     assert model.median_error < 0.15
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(
