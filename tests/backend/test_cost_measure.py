@@ -120,12 +120,18 @@ def test_repetitions_stop_with_the_budget() -> None:
     assert taken == {"a": pytest.approx(0.1), "b": pytest.approx(0.1)}
 
 
-def test_every_task_is_timed_twice_whatever_the_budget() -> None:
+@pytest.mark.parametrize(
+    ("a_round", "rounds"), [(0.9, 2), (0.6, 2), (0.5, 2), (0.3, 3), (1.1, 1), (9.0, 1)]
+)
+def test_no_load_waits_for_more_than_twice_the_budget_or_one_round(
+    a_round: float, rounds: int
+) -> None:
     machine = Machine()
     calls: list[float] = []
-    tasks = {"slow": lambda: calls.append(machine.now) or machine.spend(9.0)}
-    assert repeated(tasks, machine.timed, 1.0, machine.clock) == {"slow": 9.0}
-    assert len(calls) == 2
+    tasks = {"slow": lambda: calls.append(machine.now) or machine.spend(a_round)}
+    assert repeated(tasks, machine.timed, 1.0, machine.clock) == {"slow": pytest.approx(a_round)}
+    assert len(calls) == rounds
+    assert machine.now <= max(2.0, a_round)
 
 
 def test_quick_tasks_do_not_go_on_for_ever() -> None:

@@ -1,8 +1,8 @@
 """What a cycle costs in seconds: measured at load, corrected by every cycle (DSPARK.md, section 5).
 
 There is no "unknown": a model of the cost exists from the first cycle on, so no policy has to guess
-and verify everything. Choosing tokens (some 0.1 ms each) and what else a cycle does beside the pass
-and the draft is the same whatever the budget, and is left out.
+and verify everything. Left out is what a written token costs whatever the budget was: choosing it
+(0.1 ms greedily and 1 ms sampled, of 152 k logits) and its place in the drafter's context.
 """
 
 from __future__ import annotations
