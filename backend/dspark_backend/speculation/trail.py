@@ -70,8 +70,9 @@ class Trail:
                 place.mask = bitmask.only(span[0], self._matcher.words)
             else:
                 self._go(path)
-                place.mask = torch.empty(self._matcher.words, dtype=torch.int32)
-                self._matcher.fill_mask(place.mask)
+                mask = torch.empty(self._matcher.words, dtype=torch.int32)
+                self._matcher.fill_mask(mask)
+                place.mask = mask  # only a mask that was filled is remembered
         return place.mask
 
     def width(self, path: Sequence[int] = ()) -> int:
