@@ -19,7 +19,7 @@ from dspark_backend.running import RunningStep
 from dspark_backend.scheduler import Limits, plan
 from dspark_backend.session import Session
 from dspark_backend.speculation.budget import Budget
-from dspark_backend.speculation.protocol import Anchor, Drafter
+from dspark_backend.speculation.protocol import Drafter
 from dspark_backend.target.batch import Batch, Rows
 from dspark_backend.target.decoder import Decoder, Pass
 
@@ -136,14 +136,15 @@ class StepLoop:
 
     def _draft(self) -> None:
         """One call of the drafter for all the steps that can use a block."""
-        steps = [step for step in self.running if step.draftable]
-        if self._drafter is None or not steps or not self._budget.length:
+        if self._drafter is None or not self._budget.length:
             return
+        size = self._drafter.block_size
+        steps = [step for step in self.running if step.draftable(size)]
         started = time.perf_counter()
         for step in steps:
-            self._guarded(step, partial(self._room_to_draft, step, self._drafter.block_size))
+            self._guarded(step, partial(self._room_to_draft, step, size))
         steps = [step for step in steps if not step.finished]
-        anchors = [Anchor(_context(step), step.session.log[-1]) for step in steps]
+        anchors = [step.anchor(_context(step)) for step in steps]
         if not anchors:
             return
         try:

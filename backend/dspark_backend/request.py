@@ -35,6 +35,20 @@ class ForcedMode(StrEnum):
     OFF = "off"
 
 
+class AcceptanceRule(StrEnum):
+    """How drafts are held against the target at temperatures above 0 (DSPARK.md, section 6); at 0
+    both compare with the most likely token.
+
+    ``coupled``: drafts stand where they are what plain decoding with this seed writes, so the text
+    is the same with speculation and without. ``rejection``: drafts are sampled and pass a ratio
+    test; the text follows the same distribution, more drafts stand, and which text a seed gives
+    depends on the drafter and on what was verified when.
+    """
+
+    COUPLED = "coupled"
+    REJECTION = "rejection"
+
+
 class FinishReason(StrEnum):
     STOP = "stop"  # end-of-turn token or a stop token
     STOP_STRING = "stop_string"
@@ -46,8 +60,8 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen. Noise is keyed by ``(seed, position)``, so one seed gives one
-    text whatever shares the batch.
+    """How the next token is chosen. Noise is keyed by ``(seed, position)``, so with ``coupled``
+    acceptance one seed gives one text whatever shares the batch and whoever drafts.
 
     ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 and ``min_p`` 0 are off. Penalties
     follow the usual definitions: ``repetition_penalty`` (Keskar et al. 2019) over prompt and
@@ -63,6 +77,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int = 0
+    acceptance: AcceptanceRule = AcceptanceRule.COUPLED
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,14 +21,17 @@ import torch
 from dspark_backend.events import Failed, Finished, Prefilled, StepEvent, Tokens
 from dspark_backend.metrics import EngineMetrics
 from dspark_backend.request import FinishReason, ForcedMode, StepOutcome, StepRequest
+from dspark_backend.sampling.drafting import SampledDrafts
 from dspark_backend.sampling.sampler import Sampler
 from dspark_backend.sampling.stop import StopStrings
 from dspark_backend.speculation.block import FORCED, Block, constrained, unconstrained
 from dspark_backend.speculation.budget import Budget
-from dspark_backend.speculation.protocol import Proposal
+from dspark_backend.speculation.guide import ChainGuide, Choice, Likeliest
+from dspark_backend.speculation.protocol import Anchor, Proposal
+from dspark_backend.speculation.trail import Trail
 
 if TYPE_CHECKING:
-    from dspark_backend.grammar.matcher import Matcher
+    from dspark_backend.kv.contiguous import SequenceKV
     from dspark_backend.session import Session
     from dspark_backend.tokenizer import Tokenizer
 
@@ -63,10 +66,12 @@ class RunningStep:
         self._prefilling = True
         self._stops = StopStrings(request.stop)
         self._sampler = Sampler(request.sampling, [*session.log, *request.tokens], vocab_size)
-        self._matcher: Matcher | None = None
+        self._trail: Trail | None = None
+        self._guide: ChainGuide | None = None
         if request.grammar is not None:  # verified spans may be written in any tokenisation
             canonical = request.forced is ForcedMode.CANONICAL
-            self._matcher = request.grammar.matcher(canonical=canonical)
+            matcher = request.grammar.matcher(canonical=canonical)
+            self._trail = Trail(matcher, canonical=canonical)
         ends = () if request.ignore_eos else tokenizer.eos_token_ids
         grammatical = () if request.grammar is None else (request.grammar.end_of_turn_id,)
         self._ends = frozenset((*ends, *grammatical, *request.stop_token_ids))
@@ -108,47 +113,66 @@ class RunningStep:
 
     def begin(self) -> None:
         """Before the first pass: a span that the grammar forces from the start is committed."""
-        if self._matcher is not None and self.request.forced is ForcedMode.CANONICAL:
-            self._commit_forced(self._matcher)
+        if self._trail is not None:
+            self._commit_forced(self._trail)
 
     @property
     def room(self) -> int:
         """Drafts that can be of use: the token after the last of them must fit as well."""
         return self.request.max_new_tokens - self.new_tokens - 1
 
-    @property
-    def draftable(self) -> bool:
-        """Whether a drafter can go on from here: all but the last committed token is computed,
-        and nobody has proposed yet."""
-        alone = len(self.session.log) == self.session.kv.length + 1
-        return alone and not self._prefilling and self.room > 0 and not self.block.tokens
+    def draftable(self, block_size: int) -> bool:
+        """Whether a drafter can go on from here: the committed tokens that are not computed leave a
+        slot of its block, and nobody has proposed yet."""
+        known = len(self.session.log) - self.session.kv.length - 1
+        return 0 <= known < block_size and self.room > 0 and not self.block.tokens
 
     def clear(self) -> None:
         """Before a pass: an empty block, or what the grammar forces where that is verified."""
-        matcher, self.block = self._matcher, Block()
-        if matcher is None:
+        trail, self.block, self._guide = self._trail, Block(), None
+        if trail is None:
             return
         started = time.perf_counter()
         verify = self.request.forced is ForcedMode.VERIFY
-        self._lay_out(matcher, matcher.forced() if verify else [], FORCED)
+        self._lay_out(trail, Proposal(trail.forced() if verify else (), (), FORCED))
         self.metrics.grammar_s += time.perf_counter() - started
+
+    def anchor(self, context: SequenceKV) -> Anchor:
+        """Where a drafter goes on, ``context`` being its own of this session; for one call of it,
+        whose proposal :meth:`propose` takes."""
+        first = self.session.kv.length
+        token, *known = self.session.log[first:]
+        choice: Choice = Likeliest()
+        if self._sampler.rejects:
+            choice = SampledDrafts(self._sampler, first, len(known))
+        elif self._trail is None:
+            return Anchor(context, token, tuple(known))
+        self._guide = ChainGuide(self._trail, self.room, choice)
+        return Anchor(context, token, tuple(known), self._guide)
 
     def propose(self, proposal: Proposal, budget: Budget, seconds: float) -> None:
         """Take a drafter's proposal as far as the budget and the grammar let it; ``seconds`` is
-        what drafting cost."""
+        what drafting cost, the guide's share included."""
+        if self._guide is not None:
+            seconds -= self._guide.grammar_s
+            self.metrics.grammar_s += self._guide.grammar_s
         self.metrics.draft_s += seconds
-        drafts = proposal.tokens[: budget.take(proposal.survival, self.room)]
-        if self._matcher is None:
-            self.block = unconstrained(drafts, proposal.source)
+        taken = proposal.first(budget.take(proposal.survival, self.room))
+        if self._trail is None:
+            self.block = unconstrained(taken.tokens, taken.source, taken.distributions)
             return
         started = time.perf_counter()
-        self._lay_out(self._matcher, drafts, proposal.source)
+        self._lay_out(self._trail, taken)
         self.metrics.grammar_s += time.perf_counter() - started
 
-    def _lay_out(self, matcher: Matcher, drafts: Sequence[int], source: str) -> None:
-        canonical = self.request.forced is ForcedMode.CANONICAL
-        room = max(self.room, 0)
-        self.block = constrained(matcher, drafts, source, canonical=canonical, room=room)
+    def _lay_out(self, trail: Trail, proposal: Proposal) -> None:
+        self.block = constrained(
+            trail,
+            proposal.tokens,
+            proposal.source,
+            room=max(self.room, 0),
+            distributions=proposal.distributions,
+        )
 
     def computed(self, rows: int, seconds: float) -> None:
         """A pass computed the next ``rows`` tokens; those that are in the log are done."""
@@ -175,7 +199,7 @@ class RunningStep:
         self.metrics.cycles += 1
         block = self.block
         started = time.perf_counter()
-        acceptance = self._sampler.verify(logits, block.tokens, block.masks)
+        acceptance = self._sampler.verify(logits, block.tokens, block.masks, block.distributions)
         self.metrics.verify_s += time.perf_counter() - started
         self.block = Block()
         self._proposed.update(block.sources)
@@ -187,9 +211,8 @@ class RunningStep:
                 self._commit([token for _, token in run], source)
         if not self.finished:
             self._commit([acceptance.next_token], MODEL)
-        canonical = self.request.forced is ForcedMode.CANONICAL
-        if canonical and self._matcher is not None and not self.finished:
-            self._commit_forced(self._matcher)
+        if self._trail is not None and not self.finished:
+            self._commit_forced(self._trail)
 
     def finish(self, reason: FinishReason) -> None:
         """End the step; its session is free for the next one when the event is out."""
@@ -216,9 +239,9 @@ class RunningStep:
 
     # -- the rules ---------------------------------------------------------------------------
 
-    def _commit_forced(self, matcher: Matcher) -> None:
+    def _commit_forced(self, trail: Trail) -> None:
         started = time.perf_counter()
-        span = matcher.forced()
+        span = trail.span()
         self.metrics.grammar_s += time.perf_counter() - started
         if span:
             room = self.request.max_new_tokens - self.new_tokens
@@ -246,26 +269,26 @@ class RunningStep:
             if self.new_tokens >= self.request.max_new_tokens:
                 reason = FinishReason.LENGTH
                 break
-        if self._matcher is not None:
-            self._advance_grammar(self._matcher, taken, reason)
+        if self._trail is not None:
+            self._advance_grammar(self._trail, taken, reason)
         if source is MODEL:
             self._proposed[MODEL] += len(taken)
             self._accepted[MODEL] += len(taken)
         # A draft after an accepted end is computed, but not part of the log.
         self.session.kv.length = min(self.session.kv.length, len(self.session.log))
         self._deliver(text, tuple(taken), source)
-        if reason is None and self._matcher is not None and self._matcher.is_terminated:
+        if reason is None and self._trail is not None and self._trail.over():
             # Nothing but the end of the turn can follow: no pass is spent on it.
             reason = FinishReason.GRAMMAR
         if reason is not None:
             self.finish(reason)
 
     def _advance_grammar(
-        self, matcher: Matcher, tokens: list[int], reason: FinishReason | None
+        self, trail: Trail, tokens: list[int], reason: FinishReason | None
     ) -> None:
         started = time.perf_counter()
-        ended = reason is FinishReason.STOP and tokens[-1] != matcher.end_of_turn_id
-        matcher.accept(tokens[:-1] if ended else tokens)
+        ended = reason is FinishReason.STOP and tokens[-1] != trail.end_of_turn_id
+        trail.commit(tokens[:-1] if ended else tokens)
         self.metrics.grammar_s += time.perf_counter() - started
 
     def _deliver(self, text: str, tokens: tuple[int, ...], source: str) -> None:

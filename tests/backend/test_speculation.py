@@ -23,6 +23,7 @@ from dspark_backend.scheduler import Limits
 from dspark_backend.speculation.block import FORCED, constrained
 from dspark_backend.speculation.budget import Budget
 from dspark_backend.speculation.protocol import Anchor, Proposal
+from dspark_backend.speculation.trail import Trail
 from dspark_backend.target.batch import Batch, Rows
 from dspark_backend.target.decoder import Decoder
 from dspark_backend.target.load import load_decoder
@@ -76,8 +77,11 @@ class ScriptedDrafter:
         for text, features in self._texts:
             if np.array_equal(seen, features[:at]) and text[at] == anchor.token:
                 block = text[at + 1 : at + 1 + BLOCK]
-                right = self.right(at)
-                drafts = block[:right] + [(token + 1) % 384 for token in block[right:]]
+                known = len(anchor.known)
+                if block[:known] != list(anchor.known):
+                    continue
+                right = max(self.right(at), known)
+                drafts = block[known:right] + [(token + 1) % 384 for token in block[right:]]
                 return Proposal(tuple(drafts), (1.0,) * len(drafts), "script")
         self.problems.append(f"no text has this context of {at} positions")
         return Proposal((), (), "script")
@@ -330,7 +334,9 @@ def test_a_block_leaves_the_matcher_where_it_was(plain: Engine) -> None:
     matcher = grammar(plain).matcher()
     before, after = (torch.zeros(matcher.words, dtype=torch.int32) for _ in range(2))
     matcher.fill_mask(before)
-    block = constrained(matcher, [1, 2, 3], "script", canonical=True, room=20)
+    trail = Trail(matcher, canonical=True)
+    block = constrained(trail, [1, 2, 3], "script", room=20)
+    trail.commit([])
     matcher.fill_mask(after)
     assert torch.equal(before, after)
     assert block.masks is not None
