@@ -102,7 +102,7 @@ def simulate_table(report: SimulateReport) -> Table:
     held, and how often the drafter was called; milliseconds a cycle."""
     table = _table(
         f"{report.curve} (assumed, not measured), {report.steps} steps, {report.records}",
-        ("tok/s", "each", "gain", "tokens", "drafts", "held", "calls", "ms"),
+        ("tok/s", "each", "gain", "tok/\npass", "ver-\nified", "held", "draf-\nted", "ms"),
     )
     agents = 0
     for result in report.results:

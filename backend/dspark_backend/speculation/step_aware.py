@@ -32,7 +32,8 @@ class StepAware:
     one is admitted depends on nothing that knows its token: on no survival behind it in its own
     proposal, nor behind any other draft not yet admitted (DSPARK.md, section 6). Where the next
     draft alone does not pay, it is admitted if the next ``horizon`` would together, were every
-    proposal of ``block_size`` drafts to go on as surely as its last draft did.
+    proposal of ``block_size`` drafts to go on as surely as its last draft did. Caps and weights
+    must know no drafted token either; the end of a proposal may.
 
     Where plain decoding beats the cycle even at its best, the time of the draft is lost already:
     a draft is then verified only if it pays at the rate of plain decoding.
