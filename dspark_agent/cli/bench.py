@@ -196,6 +196,44 @@ def cost(
     plot = json_file.with_suffix(".png")
     plot_cost(report, plot)
     err().print(f"[note]wrote {plot}[/]")
+def simulate(
+    json_file: Json,
+    curve: Annotated[
+        str, typer.Option(help="JSON file of a cost curve, or the name of one that ships.")
+    ] = "h200-like",
+    records: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="JSON-lines file of recorded cycles; else made up."
+        ),
+    ] = None,
+    agents: Annotated[
+        list[int] | None,
+        typer.Option(min=1, max=512, help="Agents at once; may be repeated. 1, 16, 128, 512."),
+    ] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="Budget policy; may be repeated. All when left out.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to write an agent, at least.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of made-up records.")] = 0,
+) -> None:
+    """Budget policies on paper: recorded cycles against the cost curve of another machine."""
+    from dspark_backend.bench.simulate import AGENTS, POLICIES, SimulateSettings, run_simulate
+    from dspark_backend.bench.table import simulate_table
+
+    settings = SimulateSettings(
+        curve=curve,
+        records=records,
+        agents=tuple(agents or AGENTS),
+        policies=tuple(policy or POLICIES),
+        tokens_per_agent=tokens,
+        seed=seed,
+    )
+    _writable(json_file)
+    with _counter("replays") as counted:
+        report = run_simulate(settings, on_replay=counted)
+    out().print(simulate_table(report))
+    _write(report, json_file)
 
 
 @contextmanager
