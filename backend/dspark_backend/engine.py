@@ -33,10 +33,14 @@ from dspark_backend.request import StepOutcome, StepRequest
 from dspark_backend.running import RunningStep
 from dspark_backend.scheduler import Limits
 from dspark_backend.session import Session
-from dspark_backend.speculation.budget import Budget
+from dspark_backend.speculation.arbiter import Arbiter
+from dspark_backend.speculation.candidate import BudgetPolicy
 from dspark_backend.speculation.cost import CostModel
 from dspark_backend.speculation.cost_store import check_conditions, conditions_here, keep
+from dspark_backend.speculation.policies import Fixed, named
 from dspark_backend.speculation.protocol import Drafter
+from dspark_backend.speculation.signals import Signals
+from dspark_backend.speculation.step_aware import StepAware
 from dspark_backend.target.decoder import Decoder
 from dspark_backend.target.load import load_decoder
 from dspark_backend.target.precision import Precision, default_precision
@@ -65,11 +69,14 @@ class Engine:
         kv_bytes: int,
         limits: Limits,
         drafter: Drafter | None = None,
-        budget: Budget | None = None,
+        policy: BudgetPolicy | None = None,
         cost: CostModel | None = None,
+        signals: Signals | None = None,
     ) -> None:
-        """``drafter`` turns speculation on; ``budget`` says how much of a block is verified, the
-        whole of it when left out; ``cost`` what passes and drafts take on this machine."""
+        """``drafter`` or ``cost`` turn speculation on: ``cost`` is what passes and drafts take on
+        this machine, so that copies and drafts are verified as far as they pay. ``policy`` says how
+        much that is, ``step_aware`` when left out, or whole blocks where no cost is known, in which
+        case nothing is copied either. ``signals`` is for ablations."""
         self.files = files
         self.name = files.name
         self.config: TargetConfig = files.config
@@ -77,12 +84,22 @@ class Engine:
         self.precision = precision
         self.threads = threads
         self.max_context = decoder.max_positions
-        self.speculative = drafter is not None
+        self.speculative = drafter is not None or cost is not None
         self.cost = cost
         self.lock = threading.RLock()
         draft_shape = None if drafter is None else drafter.context_shape
         self._pool = SequencePool(decoder.kv_shape, draft_shape, kv_bytes)
-        self._loop = StepLoop(decoder, self._pool, threads, limits, drafter, budget, self._retire)
+        block_size = 0 if drafter is None else drafter.block_size
+        arbiter = Arbiter(
+            block_size,
+            policy
+            or (Fixed(block_size) if cost is None else StepAware(block_size=block_size or 8)),
+            cost,
+            signals or Signals(copies=cost is not None),
+        )
+        self._loop = StepLoop(
+            decoder, self._pool, threads, limits, drafter, arbiter, cost, self._retire
+        )
         self._sessions: set[Session] = set()
         self._work = threading.Condition(self.lock)
         self._closing = False
@@ -101,7 +118,8 @@ class Engine:
         limits: Limits | None = None,
         speculation: bool | None = None,
         drafter: str | Path | None = None,
-        budget: Budget | None = None,
+        policy: str | BudgetPolicy | None = None,
+        signals: Signals | None = None,
         cost: CostModel | None = None,
         progress: ProgressSink | None = None,
     ) -> Engine:
@@ -111,11 +129,13 @@ class Engine:
         ``int8`` or ``int8x16``; None takes the model's default. ``threads``: None for all cores.
         ``max_context``: tokens a session may hold, None for the model's own limit up to 8,192.
         ``kv_bytes``: memory granted to keys and values of all sessions. ``speculation``: False
-        decodes plainly, True drafts with ``drafter`` (a checkpoint folder) or the one that ships
-        for this model, None does so if there is one. ``budget`` bounds what is verified of a
-        block. ``cost`` foresees the seconds of passes and drafts; None takes what was measured on
-        this machine before, or measures it (two seconds) if there is something to speculate with.
-        The output is the same in all cases.
+        decodes plainly; else tokens are copied from the session's log, and drafted with ``drafter``
+        (a checkpoint folder) or the one that ships for this model, which True insists on.
+        ``policy`` says how much of a proposal is verified: a name such as ``step_aware`` (the
+        default), ``fixed-4`` or ``plain``, see :func:`~dspark_backend.speculation.policies.named`.
+        ``signals`` turns parts of the scheduler off, for ablations. ``cost`` foresees the seconds
+        of passes and drafts; None takes what was measured on this machine before, or measures it
+        (two seconds) unless ``speculation`` is False. The output is the same in all cases.
 
         Raises:
             ModelNotFoundError, DownloadError, ModelFormatError: no such model, no way to get it,
@@ -147,10 +167,14 @@ class Engine:
             known = cost
             if known is not None:
                 check_conditions(known.table, conditions)
-            elif drafting is not None:
+            elif speculation is not False:
                 known = kept_or_measured(decoder, drafting, conditions)
+            size = 0 if drafting is None else drafting.block_size
+            budget = named(policy, size or 8) if isinstance(policy, str) else policy
             bounds = limits or Limits()
-            return cls(files, decoder, chosen, workers, kv_bytes, bounds, drafting, budget, known)
+            return cls(
+                files, decoder, chosen, workers, kv_bytes, bounds, drafting, budget, known, signals
+            )
 
         return _apart(build)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -18,7 +19,12 @@ from dspark_backend.request import FinishReason
 from dspark_backend.running import RunningStep
 from dspark_backend.scheduler import Limits, plan
 from dspark_backend.session import Session
-from dspark_backend.speculation.budget import Budget
+from dspark_backend.speculation.account import CycleAccount
+from dspark_backend.speculation.arbiter import Arbiter, Decision
+from dspark_backend.speculation.block import Block, Offer
+from dspark_backend.speculation.candidate import Candidate
+from dspark_backend.speculation.copy_acceptance import CopyAcceptance
+from dspark_backend.speculation.cost import CostModel
 from dspark_backend.speculation.protocol import Drafter
 from dspark_backend.target.batch import Batch, Rows
 from dspark_backend.target.decoder import Decoder, Pass
@@ -40,11 +46,12 @@ class StepLoop:
         threads: int,
         limits: Limits,
         drafter: Drafter | None,
-        budget: Budget | None,
+        arbiter: Arbiter,
+        cost: CostModel | None,
         retire: Callable[[Session], None],
     ) -> None:
-        """``budget`` is how much of a block is verified, the whole of it when left out; ``retire``
-        takes a session that was closed while its step ran."""
+        """``cost`` learns from every cycle; ``retire`` takes a session that was closed while its
+        step ran."""
         self.queued: list[RunningStep] = []
         self.running: list[RunningStep] = []
         self._decoder = decoder
@@ -52,7 +59,10 @@ class StepLoop:
         self._threads = threads
         self._limits = limits
         self._drafter = drafter
-        self._budget = budget or Budget(0 if drafter is None else drafter.block_size)
+        self._arbiter = arbiter
+        self._cost = cost
+        self._copied = CopyAcceptance()
+        self._cycle = _Cycle()
         self._retire = retire
 
     @property
@@ -66,10 +76,13 @@ class StepLoop:
         for step in self.running:
             self._guarded(step, step.clear)
         self._sweep()
-        self._draft()
+        self._cycle = _Cycle()
+        self._propose()
         self._sweep()
+        self._budget()
         chosen = []
-        counts = plan([step.pending for step in self.running], self._limits)
+        pending = [(step.base_rows, len(step.block.tokens)) for step in self.running]
+        counts = plan(pending, self._limits)
         for step, count in zip(self.running, counts, strict=True):
             if not count:
                 continue
@@ -94,10 +107,11 @@ class StepLoop:
     ) -> None:
         """Verify every step's block and commit what holds; the draft contexts follow the KV."""
         row = wanted = 0
+        self._observe(chosen, seconds)
         for step, rows in chosen:
             logits = result.logits[wanted : wanted + rows.logits]
             before = rows.kv.length
-            self._guarded(step, partial(_verify, step, rows, logits, seconds))
+            self._guarded(step, partial(self._verify, step, rows, logits, seconds))
             if rows.kv.draft is not None and not step.session.closed:
                 features = result.features[row : row + rows.kv.length - before]
                 self._guarded(step, partial(self._extend, step, rows.kv.draft, features))
@@ -134,29 +148,113 @@ class StepLoop:
         step.admit()
         step.begin()
 
-    def _draft(self) -> None:
-        """One call of the drafter for all the steps that can use a block."""
-        if self._drafter is None or not self._budget.length:
-            return
-        size = self._drafter.block_size
-        steps = [step for step in self.running if step.draftable(size)]
+    def _propose(self) -> None:
+        """Every step that decodes gets a block: a copy, a draft, or neither."""
+        steps = [
+            step
+            for step in self.running
+            if step.base_rows <= self._limits.decode_rows and not step.block.tokens
+        ]
+        copies: dict[int, Offer] = {}
+        for index, step in enumerate(steps):
+            offer = self._copy(step)
+            if offer is not None:
+                copies[index] = offer
+        drafts = self._draft(steps, copies)
+        for index, step in enumerate(steps):
+            offer = self._arbiter.better(step, copies.get(index), drafts.get(index))
+            if offer is not None and not step.finished:
+                extend = self._arbiter.continuation(step.session.copies(self._copied), step)
+                self._guarded(step, partial(step.offer, offer, extend))
+
+    def _copy(self, step: RunningStep) -> Offer | None:
+        if not self._arbiter.signals.copies:
+            return None
+        try:
+            return self._arbiter.copies(step.session.copies(self._copied), step)
+        except Exception:
+            # As with the drafter: proposals only ever save time.
+            _log.exception("copying failed: a step goes on without")
+            return None
+
+    def _draft(self, steps: Sequence[RunningStep], copies: Mapping[int, Offer]) -> dict[int, Offer]:
+        """One call of the drafter for all the steps for which it pays; their offers by index."""
+        if self._drafter is None:
+            return {}
+        size, signals = self._drafter.block_size, self._arbiter.signals
+        able = [i for i, step in enumerate(steps) if step.draftable(size, known=signals.known)]
+        deciding = [steps[i] for i in able]
+        known = {place: copies[i] for place, i in enumerate(able) if i in copies}
+        others = self._bystanders(deciding)
+        chosen = [able[place] for place in self._arbiter.to_draft(deciding, known, others)]
         started = time.perf_counter()
-        for step in steps:
-            self._guarded(step, partial(self._room_to_draft, step, size))
-        steps = [step for step in steps if not step.finished]
-        anchors = [step.anchor(_context(step)) for step in steps]
+        for i in chosen:
+            self._guarded(steps[i], partial(self._room_to_draft, steps[i], size))
+        chosen = [i for i in chosen if not steps[i].finished]
+        anchors = [steps[i].anchor(_context(steps[i]), guided=signals.guided) for i in chosen]
         if not anchors:
-            return
+            return {}
         try:
             with jit.threads(self._threads):
                 proposals = self._drafter.propose(anchors)
         except Exception:
             # Drafts only ever save time, so the steps go on without; nobody should miss why.
-            _log.exception("the drafter failed: %d steps decode one token plainly", len(steps))
-            return
+            _log.exception("the drafter failed: %d steps decode one token plainly", len(chosen))
+            return {}
         seconds = time.perf_counter() - started
-        for step, proposal in zip(steps, proposals, strict=True):
-            self._guarded(step, partial(step.propose, proposal, self._budget, seconds))
+        self._cycle.anchors, self._cycle.draft_s = len(anchors), seconds
+        offers = {}
+        for i, proposal in zip(chosen, proposals, strict=True):
+            steps[i].drafted(seconds)
+            if proposal.tokens:
+                offers[i] = self._arbiter.drafted(steps[i], proposal)
+        return offers
+
+    def _budget(self) -> None:
+        """Cut every block to what is to be verified of it."""
+        steps = [step for step in self.running if step.base_rows <= self._limits.decode_rows]
+        decisions = self._arbiter.decide(steps, self._bystanders(steps))
+        for step, decision in zip(steps, decisions, strict=True):
+            if step.request.explain:
+                self._cycle.explained[step] = (step.block, decision)
+            step.block = step.block.first(decision.length)
+
+    def _bystanders(self, steps: Sequence[RunningStep]) -> list[Candidate]:
+        """The other steps of the pass: those that prefill, with the rows they may get."""
+        others = [step for step in self.running if step not in steps]
+        counts = plan([(step.base_rows, 0) for step in self.running], self._limits)
+        rows = dict(zip(map(id, self.running), counts, strict=True))
+        return [
+            Candidate((), base_rows=rows[id(step)], context=step.context)
+            for step in others
+            if rows[id(step)]
+        ]
+
+    def _observe(self, chosen: Sequence[tuple[RunningStep, Rows]], seconds: float) -> None:
+        """What the pass took, beside what was foreseen; of passes that only decode."""
+        cycle = self._cycle
+        cycle.rows = sum(len(rows.tokens) for _, rows in chosen)
+        cycle.requests, cycle.verify_s = len(chosen), seconds
+        if self._cost is None:
+            return
+        context = sum(rows.kv.length for _, rows in chosen)
+        cycle.predicted_s = self._cost.verify_s(cycle.rows, cycle.requests, context)
+        cycle.predicted_s += self._cost.draft_s(cycle.anchors)
+        if all(rows.logits for _, rows in chosen):
+            self._cost.observe(
+                cycle.rows, cycle.requests, context, cycle.anchors, seconds, cycle.draft_s
+            )
+
+    def _verify(self, step: RunningStep, rows: Rows, logits: torch.Tensor, seconds: float) -> None:
+        step.computed(len(rows.tokens), seconds)
+        if not rows.logits:
+            return
+        block = step.block
+        if step.request.explain:
+            step.account = self._cycle.account(step)
+        accepted = step.advance(logits)
+        proposer = step.session.copies(self._copied) if self._arbiter.signals.copies else None
+        self._arbiter.learn(step, proposer, block, accepted)
 
     def _room_to_draft(self, step: RunningStep, positions: int) -> None:
         """A block's own keys and values go past the end of its context."""
@@ -193,7 +291,33 @@ def _context(step: RunningStep) -> SequenceKV:
     return context
 
 
-def _verify(step: RunningStep, rows: Rows, logits: torch.Tensor, seconds: float) -> None:
-    step.computed(len(rows.tokens), seconds)
-    if rows.logits:
-        step.advance(logits)
+@dataclass(slots=True, eq=False)
+class _Cycle:
+    """What is known of the cycle under way."""
+
+    anchors: int = 0
+    draft_s: float = 0.0
+    rows: int = 0
+    requests: int = 0
+    verify_s: float = 0.0
+    predicted_s: float | None = None
+    explained: dict[RunningStep, tuple[Block, Decision]] = field(default_factory=dict)
+
+    def account(self, step: RunningStep) -> CycleAccount:
+        """As ``step`` sees it before its block is judged."""
+        block, decision = self.explained.get(step, (step.block, Decision(0, "prefill")))
+        return CycleAccount(
+            position=len(step.session.log),
+            tokens=block.tokens,
+            sources=block.sources,
+            survival=block.survival,
+            verified=decision.length,
+            reason=decision.reason,
+            accepted=0,
+            written=0,
+            rows=self.rows,
+            requests=self.requests,
+            draft_s=self.draft_s,
+            verify_s=self.verify_s,
+            predicted_s=self.predicted_s,
+        )

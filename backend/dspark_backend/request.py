@@ -11,6 +11,7 @@ from dspark_backend.metrics import EngineMetrics
 
 if TYPE_CHECKING:
     from dspark_backend.grammar.compile import Grammar
+    from dspark_backend.speculation.account import CycleAccount
 
 
 class StepKind(StrEnum):
@@ -86,7 +87,8 @@ class StepRequest:
 
     ``tokens`` are appended to the session's log. ``stop`` strings end the step and are not part of
     the text; ``stop_token_ids`` come on top of the model's own end-of-turn tokens (unless
-    ``ignore_eos``). The end-of-turn token of ``grammar`` ends the step in any case.
+    ``ignore_eos``). The end-of-turn token of ``grammar`` ends the step in any case. With ``explain``
+    the outcome holds an account of every cycle.
     """
 
     tokens: tuple[int, ...]
@@ -98,14 +100,17 @@ class StepRequest:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     kind: StepKind = StepKind.TEXT
+    explain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
     """What a step produced. ``token_ids`` are all committed new tokens, the end token included;
-    ``text`` is their decoding without the end token and without a matched stop string."""
+    ``text`` is their decoding without the end token and without a matched stop string. ``cycles``
+    is empty unless the request asked to explain them."""
 
     token_ids: tuple[int, ...]
     text: str
     finish_reason: FinishReason
     metrics: EngineMetrics
+    cycles: tuple[CycleAccount, ...] = ()

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING
@@ -20,12 +21,19 @@ import torch
 
 from dspark_backend.events import Failed, Finished, Prefilled, StepEvent, Tokens
 from dspark_backend.metrics import EngineMetrics
-from dspark_backend.request import FinishReason, ForcedMode, StepOutcome, StepRequest
+from dspark_backend.request import FinishReason, ForcedMode, StepKind, StepOutcome, StepRequest
 from dspark_backend.sampling.drafting import SampledDrafts
 from dspark_backend.sampling.sampler import Sampler
 from dspark_backend.sampling.stop import StopStrings
-from dspark_backend.speculation.block import FORCED, Block, constrained, unconstrained
-from dspark_backend.speculation.budget import Budget
+from dspark_backend.speculation.account import CycleAccount
+from dspark_backend.speculation.block import (
+    FORCED,
+    Block,
+    Extend,
+    Offer,
+    constrained,
+    unconstrained,
+)
 from dspark_backend.speculation.guide import ChainGuide, Choice, Likeliest
 from dspark_backend.speculation.protocol import Anchor, Proposal
 from dspark_backend.speculation.trail import Trail
@@ -54,6 +62,9 @@ class RunningStep:
         self.request = request
         self.metrics = EngineMetrics()
         self.block = Block()
+        self.account: CycleAccount | None = None
+        """Of the cycle under way, where the request asks to explain; what it brought is added."""
+        self._accounts: list[CycleAccount] = []
         self.finished = False
         self.events: queue.SimpleQueue[StepEvent] = queue.SimpleQueue()
         self.over = threading.Event()
@@ -87,7 +98,31 @@ class RunningStep:
     @property
     def pending(self) -> int:
         """Committed tokens whose keys and values are not computed yet, plus the drafts on top."""
-        return len(self.session.log) - self.session.kv.length + len(self.block.tokens)
+        return self.base_rows + len(self.block.tokens)
+
+    @property
+    def base_rows(self) -> int:
+        """Committed tokens whose keys and values are not computed yet."""
+        return len(self.session.log) - self.session.kv.length
+
+    @property
+    def context(self) -> int:
+        """Positions that are computed."""
+        return self.session.kv.length
+
+    @property
+    def kind(self) -> StepKind:
+        return self.request.kind
+
+    @property
+    def weight(self) -> float:
+        """What a token of this step is worth beside one of another."""
+        return 1.0
+
+    @property
+    def rejects(self) -> bool:
+        """Whether its drafts are sampled and judged by rejection sampling."""
+        return self._sampler.rejects
 
     @property
     def cancelled(self) -> bool:
@@ -121,11 +156,12 @@ class RunningStep:
         """Drafts that can be of use: the token after the last of them must fit as well."""
         return self.request.max_new_tokens - self.new_tokens - 1
 
-    def draftable(self, block_size: int) -> bool:
+    def draftable(self, block_size: int, *, known: bool = True) -> bool:
         """Whether a drafter can go on from here: the committed tokens that are not computed leave a
-        slot of its block, and nobody has proposed yet."""
-        known = len(self.session.log) - self.session.kv.length - 1
-        return 0 <= known < block_size and self.room > 0 and not self.block.tokens
+        slot of its block (with ``known`` off, there is one such token), and nobody has proposed
+        yet."""
+        most = block_size if known else 1
+        return 1 <= self.base_rows <= most and self.room > 0 and not self.block.tokens
 
     def clear(self) -> None:
         """Before a pass: an empty block, or what the grammar forces where that is verified."""
@@ -133,46 +169,40 @@ class RunningStep:
         if trail is None:
             return
         started = time.perf_counter()
-        verify = self.request.forced is ForcedMode.VERIFY
-        self._lay_out(trail, Proposal(trail.forced() if verify else (), (), FORCED))
+        forced = trail.forced() if self.request.forced is ForcedMode.VERIFY else ()
+        offer = Offer(Proposal(forced, (1.0,) * len(forced), FORCED), (1.0,) * len(forced))
+        self.block = constrained(trail, offer if forced else None, room=max(self.room, 0))
         self.metrics.grammar_s += time.perf_counter() - started
 
-    def anchor(self, context: SequenceKV) -> Anchor:
-        """Where a drafter goes on, ``context`` being its own of this session; for one call of it,
-        whose proposal :meth:`propose` takes."""
+    def anchor(self, context: SequenceKV, *, guided: bool = True) -> Anchor:
+        """Where a drafter goes on, ``context`` being its own of this session; for one call of it.
+        With ``guided`` off, drafts that are not sampled do not look at the grammar."""
         first = self.session.kv.length
         token, *known = self.session.log[first:]
         choice: Choice = Likeliest()
         if self._sampler.rejects:
             choice = SampledDrafts(self._sampler, first, len(known))
-        elif self._trail is None:
+        elif self._trail is None or not guided:
             return Anchor(context, token, tuple(known))
         self._guide = ChainGuide(self._trail, self.room, choice)
         return Anchor(context, token, tuple(known), self._guide)
 
-    def propose(self, proposal: Proposal, budget: Budget, seconds: float) -> None:
-        """Take a drafter's proposal as far as the budget and the grammar let it; ``seconds`` is
-        what drafting cost, the guide's share included."""
+    def drafted(self, seconds: float) -> None:
+        """A drafter answered; ``seconds`` is what that cost, the guide's share included."""
         if self._guide is not None:
             seconds -= self._guide.grammar_s
             self.metrics.grammar_s += self._guide.grammar_s
         self.metrics.draft_s += seconds
-        taken = proposal.first(budget.take(proposal.survival, self.room))
+
+    def offer(self, offer: Offer, extend: Extend | None) -> None:
+        """Lay an offer out as the block, as far as the grammar lets it; ``extend`` says what may
+        follow it."""
         if self._trail is None:
-            self.block = unconstrained(taken.tokens, taken.source, taken.distributions)
+            self.block = unconstrained(offer, room=self.room, extend=extend)
             return
         started = time.perf_counter()
-        self._lay_out(self._trail, taken)
+        self.block = constrained(self._trail, offer, room=max(self.room, 0), extend=extend)
         self.metrics.grammar_s += time.perf_counter() - started
-
-    def _lay_out(self, trail: Trail, proposal: Proposal) -> None:
-        self.block = constrained(
-            trail,
-            proposal.tokens,
-            proposal.source,
-            room=max(self.room, 0),
-            distributions=proposal.distributions,
-        )
 
     def computed(self, rows: int, seconds: float) -> None:
         """A pass computed the next ``rows`` tokens; those that are in the log are done."""
@@ -191,8 +221,9 @@ class RunningStep:
         else:
             self.metrics.decode_s += seconds
 
-    def advance(self, logits: torch.Tensor) -> None:
+    def advance(self, logits: torch.Tensor) -> int:
         """Choose and commit from ``logits`` [1 + drafts, V]: what follows the log, then each draft.
+        Returns how many of the block's tokens stood.
 
         Raises GrammarError when the grammar allows nothing or dies; the step is to fail then.
         """
@@ -202,6 +233,8 @@ class RunningStep:
         acceptance = self._sampler.verify(logits, block.tokens, block.masks, block.distributions)
         self.metrics.verify_s += time.perf_counter() - started
         self.block = Block()
+        if self.account is not None:
+            self.account = replace(self.account, accepted=acceptance.accepted)
         self._proposed.update(block.sources)
         self._accepted.update(block.sources[: acceptance.accepted])
         self.session.kv.length += acceptance.accepted
@@ -213,14 +246,18 @@ class RunningStep:
             self._commit([acceptance.next_token], MODEL)
         if self._trail is not None and not self.finished:
             self._commit_forced(self._trail)
+        self._close_account()
+        return acceptance.accepted
 
     def finish(self, reason: FinishReason) -> None:
         """End the step; its session is free for the next one when the event is out."""
         self._deliver(self._stops.feed(self._stream.flush())[0] + self._stops.flush(), (), MODEL)
         self._account()
+        self._close_account()
         self.finished = True
         new = tuple(self.session.log[self._start :])
-        outcome = StepOutcome(new, "".join(self._text), reason, self.metrics)
+        text = "".join(self._text)
+        outcome = StepOutcome(new, text, reason, self.metrics, tuple(self._accounts))
         self._release()
         self._emit(Finished(outcome))
 
@@ -298,6 +335,12 @@ class RunningStep:
             self._text.append(text)
         if text or tokens:
             self._emit(Tokens(tokens, text, source))
+
+    def _close_account(self) -> None:
+        if self.account is not None:
+            written = len(self.session.log) - self.account.position
+            self._accounts.append(replace(self.account, written=written))
+            self.account = None
 
     def _account(self) -> None:
         m = self.metrics

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dspark_backend.errors import RequestError, SessionClosedError
 from dspark_backend.kv.contiguous import SequenceKV
+from dspark_backend.speculation.copy import CopyProposer
+from dspark_backend.speculation.copy_acceptance import CopyAcceptance
 
 if TYPE_CHECKING:
     from dspark_backend.running import RunningStep
@@ -38,12 +40,21 @@ class Session:
         """The engine's own view of the log: read :attr:`tokens` instead."""
         self.kv = kv
         self.running: RunningStep | None = None
+        self._copies: CopyProposer | None = None
 
     @property
     def tokens(self) -> tuple[int, ...]:
         """Prompt and generated tokens so far, end-of-turn tokens included."""
         with self._owner.lock:
             return tuple(self.log)
+
+    def copies(self, acceptance: CopyAcceptance) -> CopyProposer:
+        """What has been written or read here before and may come again, up to the log's end; for
+        the engine's thread."""
+        if self._copies is None:
+            self._copies = CopyProposer(acceptance)
+        self._copies.append(self.log[len(self._copies) :])
+        return self._copies
 
     @property
     def cached_tokens(self) -> int:
@@ -63,7 +74,10 @@ class Session:
         """
         with self._owner.lock:
             self.check_idle("fork it")
-            return self._owner.fork(self)
+            twin = self._owner.fork(self)
+            if self._copies is not None:
+                twin._copies = self._copies.fork()
+            return twin
 
     def rollback(self, count: int) -> None:
         """Forget the last ``count`` tokens of the log.
@@ -78,6 +92,8 @@ class Session:
                 )
             del self.log[len(self.log) - count :]
             self.kv.truncate(min(self.kv.length, len(self.log)))
+            if self._copies is not None:
+                self._copies.truncate(min(len(self._copies), len(self.log)))
 
     def close(self) -> None:
         """Cancel a step in flight and give the memory up. Idempotent.

@@ -196,6 +196,8 @@ def cost(
     plot = json_file.with_suffix(".png")
     plot_cost(report, plot)
     err().print(f"[note]wrote {plot}[/]")
+
+
 def simulate(
     json_file: Json,
     curve: Annotated[

@@ -68,6 +68,8 @@ def test_cost_writes_json_a_table_and_a_plot(
     assert "a further request" in shown.out
     width, height = struct.unpack(">II", (tmp_path / "cost.png").read_bytes()[16:24])
     assert (width, height) == (640, 480)
+
+
 def test_simulate_writes_json_and_a_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,8 @@ from dspark_backend.kv.contiguous import KVBudget, KVShape, SequenceKV
 from dspark_backend.request import FinishReason, ForcedMode, SamplingParams, StepRequest
 from dspark_backend.scheduler import Limits
 from dspark_backend.speculation.block import FORCED, constrained
-from dspark_backend.speculation.budget import Budget
+from dspark_backend.speculation.candidate import BudgetPolicy
+from dspark_backend.speculation.policies import Fixed
 from dspark_backend.speculation.protocol import Anchor, Proposal
 from dspark_backend.speculation.trail import Trail
 from dspark_backend.target.batch import Batch, Rows
@@ -100,11 +101,11 @@ def plain(files: ModelFiles) -> Iterator[Engine]:
 
 
 class Speculative:
-    def __init__(self, files: ModelFiles, budget: Budget | None = None) -> None:
+    def __init__(self, files: ModelFiles, policy: BudgetPolicy | None = None) -> None:
         decoder = load_decoder(files, Precision.INT8, 512)
         self.drafter = ScriptedDrafter(load_decoder(files, Precision.INT8, 512))
         self.engine = Engine(
-            files, decoder, Precision.INT8, 1, 2**28, Limits(), self.drafter, budget
+            files, decoder, Precision.INT8, 1, 2**28, Limits(), self.drafter, policy
         )
 
 
@@ -112,8 +113,8 @@ class Speculative:
 def speculative(files: ModelFiles) -> Iterator[Callable[..., Speculative]]:
     opened: list[Speculative] = []
 
-    def load(budget: Budget | None = None) -> Speculative:
-        opened.append(Speculative(files, budget))
+    def load(policy: BudgetPolicy | None = None) -> Speculative:
+        opened.append(Speculative(files, policy))
         return opened[-1]
 
     yield load
@@ -301,7 +302,7 @@ def test_a_drafter_that_raises_costs_speed_only(
 def test_a_budget_of_nothing_never_drafts(
     plain: Engine, speculative: Callable[..., Speculative]
 ) -> None:
-    fast = speculative(Budget(0))
+    fast = speculative(Fixed(0))
     text = expected(plain, request(), fast.drafter)
     with fast.engine.open_session() as session:
         assert fast.engine.step(session, request()).token_ids == text

@@ -120,6 +120,9 @@ def cost_table(report: CostReport) -> Table:
     table.add_row("1000 more to a row", f"{cost.pair_s * 1e6:.3f}", "", "")
     error = f"{report.median_error:.1%}"
     table.add_row(f"median error, {len(report.checks)} other passes", error, "", "")
+    return table
+
+
 def simulate_table(report: SimulateReport) -> Table:
     """Every policy at every number of agents: tokens a second of all and of each, over plain
     decoding; then by agent and pass the tokens written, the drafts verified, how many of those

@@ -12,7 +12,7 @@ from dspark_backend.drafter.checkpoint import Storage, write_drafter
 from dspark_backend.engine import Engine
 from dspark_backend.errors import ModelFormatError, RequestError
 from dspark_backend.request import SamplingParams, StepRequest
-from dspark_backend.speculation.budget import Budget
+from dspark_backend.speculation.policies import Fixed, Threshold
 
 MakeDrafter = Callable[..., Any]
 PROMPTS = [tuple(range(5 + i, 40 + 5 * i)) for i in range(4)]
@@ -47,8 +47,8 @@ def test_speculation_on_equals_off(
     with Engine.load(random.target_folder, threads=1) as plain:
         expected = texts(plain, sampling)
     folder = written(random, tmp_path / "drafter")
-    for budget in (None, Budget(2), Budget(5, 0.2)):
-        with Engine.load(random.target_folder, threads=1, drafter=folder, budget=budget) as fast:
+    for budget in (None, Fixed(2), Threshold(5, 0.2)):
+        with Engine.load(random.target_folder, threads=1, drafter=folder, policy=budget) as fast:
             assert texts(fast, sampling) == expected
 
 

@@ -19,8 +19,8 @@ from dspark_backend.grammar.compile import Grammar, GrammarCompiler
 from dspark_backend.kernels.linear.reference import quantise_weight
 from dspark_backend.kv.contiguous import KVBudget, SequenceKV
 from dspark_backend.request import AcceptanceRule, ForcedMode, SamplingParams, StepRequest
-from dspark_backend.speculation.budget import Budget
 from dspark_backend.speculation.guide import ChainGuide, Likeliest
+from dspark_backend.speculation.policies import Fixed, Threshold
 from dspark_backend.speculation.protocol import Anchor, Proposal
 from dspark_backend.speculation.trail import Trail
 
@@ -229,7 +229,7 @@ def test_guided_speculation_writes_what_plain_decoding_writes(
     with Engine.load(random.target_folder, threads=1, speculation=False) as plain:
         expected = texts(plain)
     assert not seen
-    for budget in (None, Budget(2), Budget(5, 0.3)):
+    for budget in (None, Fixed(2), Threshold(5, 0.3)):
         options = {"drafter": folder, "budget": budget}
         with Engine.load(random.target_folder, threads=1, **options) as fast:
             assert texts(fast) == expected

@@ -33,8 +33,9 @@ from dspark_backend.sampling.choose import sample
 from dspark_backend.sampling.noise import Noise, Stream
 from dspark_backend.scheduler import Limits
 from dspark_backend.speculation.block import Block, constrained
-from dspark_backend.speculation.budget import Budget
+from dspark_backend.speculation.candidate import BudgetPolicy
 from dspark_backend.speculation.distribution import Distribution
+from dspark_backend.speculation.policies import Threshold
 from dspark_backend.speculation.protocol import Anchor, Proposal
 from dspark_backend.speculation.vocabulary import DraftVocabulary
 from dspark_backend.target.batch import Batch, Rows
@@ -126,7 +127,7 @@ MakeEngine = Callable[..., tuple[Engine, MarkovDrafter]]
 def speculative(tiny_files: ModelFiles) -> Iterator[MakeEngine]:
     opened: list[Engine] = []
 
-    def load(budget: Budget | None = None, **options: Any) -> tuple[Engine, MarkovDrafter]:
+    def load(policy: BudgetPolicy | None = None, **options: Any) -> tuple[Engine, MarkovDrafter]:
         decoder = load_decoder(tiny_files, Precision.INT8, 512)
         drafter = MarkovDrafter(**options)
         limits = Limits(running=1 if options else 64)
@@ -206,10 +207,10 @@ def all_texts(decoder: Decoder, step: StepRequest) -> dict[Text, float]:
 
 
 @pytest.mark.parametrize("sampling", [REJECTION, PROCESSED], ids=["plain", "processed"])
-@pytest.mark.parametrize("budget", [None, Budget(4, 0.3)], ids=["all", "threshold"])
+@pytest.mark.parametrize("budget", [None, Threshold(4, 0.3)], ids=["all", "threshold"])
 def test_texts_follow_the_targets_distribution(
     sampling: SamplingParams,
-    budget: Budget | None,
+    policy: BudgetPolicy | None,
     speculative: MakeEngine,
     decoder: Decoder,
     sigmas: Sigmas,
@@ -305,7 +306,7 @@ def test_a_budget_that_looks_back_is_biased_and_ours_is_not(
     for text, p in all_texts(decoder, step).items():
         expected[text[0]] += p
     distances = []
-    for budget in (Budget(2, 0.02), Retrospective(2)):
+    for budget in (Threshold(2, 0.02), Retrospective(2)):
         engine, _ = speculative(budget)
         distances.append(sigmas([text[0] for text in texts(engine, step)], expected))
     ours, looking_back = distances
