@@ -4,40 +4,31 @@ whole texts, and the known ways of getting it wrong, which the same tests catch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from dspark_backend import running
 from dspark_backend.catalog.files import ModelFiles
 from dspark_backend.engine import Engine
-from dspark_backend.errors import RequestError
 from dspark_backend.grammar.bitmask import is_allowed
 from dspark_backend.grammar.compile import Grammar
 from dspark_backend.grammar.matcher import Matcher
-from dspark_backend.kv.contiguous import KVBudget, KVShape, SequenceKV
+from dspark_backend.kv.contiguous import KVBudget, SequenceKV
 from dspark_backend.request import (
     AcceptanceRule,
-    FinishReason,
     ForcedMode,
     SamplingParams,
     StepRequest,
 )
 from dspark_backend.sampling import Sampler
-from dspark_backend.sampling.choose import sample
-from dspark_backend.sampling.noise import Noise, Stream
 from dspark_backend.scheduler import Limits
 from dspark_backend.speculation.block import Block, constrained
-from dspark_backend.speculation.candidate import BudgetPolicy
-from dspark_backend.speculation.distribution import Distribution
-from dspark_backend.speculation.policies import Threshold
-from dspark_backend.speculation.protocol import Anchor, Proposal
-from dspark_backend.speculation.vocabulary import DraftVocabulary
+from dspark_backend.speculation.candidate import BudgetPolicy, Candidate, CycleCost
+from dspark_backend.speculation.policies import Fixed, Threshold
 from dspark_backend.target.batch import Batch, Rows
 from dspark_backend.target.decoder import Decoder
 from dspark_backend.target.load import load_decoder
@@ -62,83 +53,7 @@ PROCESSED = replace(
 )  # fmt: skip
 
 
-class MarkovDrafter:
-    """Logits of each slot are a fixed random function of the token before it, and so is its
-    confidence: 0.9 or 0.1. ``masked`` drafts ask the guide; the others draw from a q that knows no
-    grammar, of the bias alone."""
-
-    taps = (0,)
-    block_size = 4
-    context_shape = KVShape(layers=1, kv_heads=1, head_dim=1)
-
-    def __init__(self, *, masked: bool = True) -> None:
-        rng = np.random.default_rng(5)
-        self._logits = (1.5 * rng.standard_normal((VOCAB, VOCAB))).astype(np.float32)
-        self._sure = np.where(np.arange(VOCAB) % 2, 0.9, 0.1)
-        self._vocabulary = DraftVocabulary.whole(VOCAB)
-        self._masked = masked
-        self.seed = 0
-        self.proposals: list[tuple[Anchor, Proposal]] = []
-
-    def extend(self, context: SequenceKV, features: NDArray[np.float32]) -> None:
-        context.length += len(features)
-
-    def propose(self, anchors: Sequence[Anchor]) -> list[Proposal]:
-        made = [self._masked_block(a) if self._masked else self._free_block(a) for a in anchors]
-        self.proposals += zip(anchors, made, strict=True)
-        return made
-
-    def _masked_block(self, anchor: Anchor) -> Proposal:
-        assert anchor.guide is not None
-        last, slots, sure = (anchor.token, *anchor.known)[-1], [], []
-        for _ in range(self.block_size - len(anchor.known)):
-            slot = anchor.guide.choose(self._logits[last], self._vocabulary)
-            if slot is None:
-                break
-            slots.append(slot)
-            sure.append(slot.confidence(float(self._sure[last])))
-            last = slot.token
-        return Proposal(
-            tuple(slot.token for slot in slots),
-            tuple(np.cumprod(sure).tolist()),
-            "markov",
-            tuple(slot.mask_width for slot in slots),
-            tuple(slot.forced for slot in slots),
-            tuple(slot.distribution for slot in slots),
-        )
-
-    def _free_block(self, anchor: Anchor) -> Proposal:
-        last, drafts, drawn = (anchor.token, *anchor.known)[-1], [], []
-        for slot in range(len(anchor.known), self.block_size):
-            q = np.zeros(VOCAB)
-            weights = np.exp(self._logits[last, list(SPOKEN)].astype(np.float64))
-            q[list(SPOKEN)] = weights / weights.sum()
-            noise = Noise(self.seed, Stream.DRAFT, anchor.context.length, slot)
-            last = sample(torch.from_numpy(q), noise)
-            drafts.append(last)
-            drawn.append(Distribution(np.arange(VOCAB, dtype=np.uint32), q))
-        return Proposal(tuple(drafts), (1.0,) * len(drafts), "markov", (), (), tuple(drawn))
-
-
-MakeEngine = Callable[..., tuple[Engine, MarkovDrafter]]
-
-
-@pytest.fixture
-def speculative(tiny_files: ModelFiles) -> Iterator[MakeEngine]:
-    opened: list[Engine] = []
-
-    def load(policy: BudgetPolicy | None = None, **options: Any) -> tuple[Engine, MarkovDrafter]:
-        decoder = load_decoder(tiny_files, Precision.INT8, 512)
-        drafter = MarkovDrafter(**options)
-        limits = Limits(running=1 if options else 64)
-        opened.append(
-            Engine(tiny_files, decoder, Precision.INT8, 1, 2**28, limits, drafter, budget)
-        )
-        return opened[-1], drafter
-
-    yield load
-    for engine in opened:
-        engine.close()
+MakeEngine = Callable[..., tuple[Engine, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +122,7 @@ def all_texts(decoder: Decoder, step: StepRequest) -> dict[Text, float]:
 
 
 @pytest.mark.parametrize("sampling", [REJECTION, PROCESSED], ids=["plain", "processed"])
-@pytest.mark.parametrize("budget", [None, Threshold(4, 0.3)], ids=["all", "threshold"])
+@pytest.mark.parametrize("policy", [None, Threshold(4, 0.3)], ids=["all", "threshold"])
 def test_texts_follow_the_targets_distribution(
     sampling: SamplingParams,
     policy: BudgetPolicy | None,
@@ -215,7 +130,7 @@ def test_texts_follow_the_targets_distribution(
     decoder: Decoder,
     sigmas: Sigmas,
 ) -> None:
-    engine, drafter = speculative(budget)
+    engine, drafter = speculative(policy)
     step = request(3, sampling)
     assert sigmas(texts(engine, step), all_texts(decoder, step)) < 4.0
     assert len(drafter.proposals) > TRIALS
@@ -290,11 +205,14 @@ def test_illegal_drafts_are_rejected_into_the_residual_and_must_not_be_cut(
     assert sigmas(written(), expected) > 8.0
 
 
-class Retrospective(Budget):
+class Retrospective:
     """Looks at the whole block before it decides about the first draft: c_2 knows x_1."""
 
-    def take(self, survival: Sequence[float], room: int) -> int:
-        return min(room, 2) if len(survival) > 1 and survival[1] > 0.5 * survival[0] else 0
+    def lengths(self, candidates: Sequence[Candidate], cost: CycleCost) -> list[int]:
+        return [self._length(each.survival, each.most) for each in candidates]
+
+    def _length(self, survival: Sequence[float], most: int) -> int:
+        return min(most, 2) if len(survival) > 1 and survival[1] > 0.5 * survival[0] else 0
 
 
 def test_a_budget_that_looks_back_is_biased_and_ours_is_not(
@@ -317,9 +235,7 @@ def test_a_budget_that_looks_back_is_biased_and_ours_is_not(
 def test_more_drafts_stand_than_with_coupled_sampling(speculative: MakeEngine) -> None:
     shares = []
     for rule in AcceptanceRule:
-        engine, drafter = speculative()
-        if rule is AcceptanceRule.COUPLED:
-            drafter._masked_block = _greedy(drafter)  # type: ignore[method-assign]
+        engine, _ = speculative()
         step = request(40, replace(REJECTION, acceptance=rule))
         accepted = proposed = 0
         for seed in range(20):
@@ -331,88 +247,3 @@ def test_more_drafts_stand_than_with_coupled_sampling(speculative: MakeEngine) -
         shares.append(accepted / proposed)
     coupled, rejection = shares
     assert rejection > coupled
-
-
-def _greedy(drafter: MarkovDrafter) -> Callable[[Anchor], Proposal]:
-    def block(anchor: Anchor) -> Proposal:
-        assert anchor.guide is None
-        last, drafts = (anchor.token, *anchor.known)[-1], []
-        for _ in range(drafter.block_size - len(anchor.known)):
-            last = SPOKEN[int(drafter._logits[last, list(SPOKEN)].argmax())]
-            drafts.append(last)
-        return Proposal(tuple(drafts), (1.0,) * len(drafts), "markov")
-
-    return block
-
-
-@pytest.mark.parametrize("count", range(1, 9))
-def test_a_step_writes_as_many_tokens_as_it_may(count: int, speculative: MakeEngine) -> None:
-    engine, _ = speculative()
-    for seed in range(5):
-        with engine.open_session() as session:
-            step = request(count, replace(REJECTION, seed=seed))
-            outcome = engine.step(session, step)
-            assert len(outcome.token_ids) == count
-            assert session.tokens == PROMPT + outcome.token_ids
-            assert outcome.finish_reason is FinishReason.LENGTH
-
-
-def test_stop_tokens_and_stop_strings_end_a_block(speculative: MakeEngine) -> None:
-    engine, _ = speculative()
-    word = engine.tokenizer.decode([SPOKEN[2]])
-    by_token = request(40, stop_token_ids=(SPOKEN[2],))
-    by_string = request(40, stop=(word,))
-    for seed in range(10):
-        with engine.open_session() as session:
-            step = replace(by_token, sampling=replace(REJECTION, seed=seed))
-            outcome = engine.step(session, step)
-            assert session.tokens == PROMPT + outcome.token_ids
-        assert outcome.token_ids.index(SPOKEN[2]) == len(outcome.token_ids) - 1
-        assert outcome.finish_reason is FinishReason.STOP
-        with engine.open_session() as session:
-            step = replace(by_string, sampling=replace(REJECTION, seed=seed))
-            outcome = engine.step(session, step)
-        assert word not in outcome.text
-        assert outcome.finish_reason is FinishReason.STOP_STRING
-
-
-def test_a_fork_and_a_second_run_draw_the_same(speculative: MakeEngine) -> None:
-    engine, _ = speculative()
-    with engine.open_session() as session:
-        engine.step(session, request(10))
-        twin = session.fork()
-        more = StepRequest((SPOKEN[0],), 20, REJECTION, ignore_eos=True)
-        outcomes = [engine.step(branch, more) for branch in (session, twin)]
-        assert outcomes[0].token_ids == outcomes[1].token_ids
-        twin.close()
-
-
-def test_cancelling_inside_a_block_leaves_a_usable_session(speculative: MakeEngine) -> None:
-    engine, _ = speculative()
-    with engine.open_session() as session:
-        handle = engine.submit(session, request(300))
-        next(handle.events())
-        handle.cancel()
-        written = handle.result(30).token_ids
-        assert session.tokens == PROMPT + written
-        outcome = engine.step(session, StepRequest((SPOKEN[0],), 8, REJECTION, ignore_eos=True))
-        assert len(outcome.token_ids) == 8
-
-
-def test_at_temperature_zero_both_rules_are_greedy(speculative: MakeEngine) -> None:
-    engine, drafter = speculative()
-    drafter._masked_block = _greedy(drafter)  # type: ignore[method-assign]
-    greedy = replace(REJECTION, temperature=0.0)
-    written = []
-    for rule in AcceptanceRule:
-        with engine.open_session() as session:
-            step = request(20, replace(greedy, acceptance=rule))
-            written.append(engine.step(session, step).token_ids)
-    assert written[0] == written[1]
-
-
-def test_an_unknown_rule_is_refused(speculative: MakeEngine) -> None:
-    engine, _ = speculative()
-    wrong = replace(REJECTION, acceptance="hopeful")  # type: ignore[arg-type]
-    with engine.open_session() as session, pytest.raises(RequestError, match="coupled, rejection"):
-        engine.step(session, request(4, wrong))
