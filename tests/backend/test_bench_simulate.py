@@ -88,6 +88,13 @@ def test_no_step_is_written_past_its_end() -> None:
     keen = recorded(CycleRecord(position=0, survival=(0.9,) * 5, accepted=5), tokens=3)
     tally = replay([keen], Contender(Fixed(5)), UNIT, agents=1, tokens_per_agent=3)
     assert (tally.cycles, tally.tokens, tally.verified) == (1, 3, 2)
+    last = recorded(
+        CycleRecord(position=0, survival=(), accepted=0),
+        CycleRecord(position=1, survival=(0.9,), accepted=1),
+        tokens=2,
+    )
+    # The last token needs no draft, so none is asked for.
+    assert replay([last], Contender(Fixed(5)), UNIT, 1, 2).drafted == 0
 
 
 def test_agents_share_the_passes() -> None:

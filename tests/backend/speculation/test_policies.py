@@ -283,6 +283,9 @@ def test_a_step_of_the_curve_is_crossed_where_what_lies_behind_it_pays() -> None
     assert PrefixThroughput().lengths(sure, tile) == [0]
     assert StepAware().lengths(sure, tile) == [4]
     assert StepAware(anticipating=False).lengths(sure, tile) == [4]
+    # 0.5 + 0.25 + ... never earns 1.2, though four drafts as good as the first would.
+    high = Curve((1.0, 2.2, 2.2, 2.2, 2.2))
+    assert StepAware(anticipating=False).lengths([Candidate((0.5,) * 4)], high) == [0]
 
 
 def test_weights_decide_who_gets_the_rows() -> None:
@@ -310,6 +313,7 @@ def test_the_draft_counts_while_it_can_be_saved_and_not_once_it_is_paid() -> Non
     sunk = Candidate((0.45,))
     assert weighted_tokens([sunk], [1]) / 3.0 > 1.0 / 2.5
     assert StepAware().lengths([sunk], slow) == [0]
+    assert StepAware(anticipating=False).lengths([sunk], slow) == [0]
     flat = Curve((1.0, 1.0), draft=9.0)
     assert StepAware().lengths([sunk], flat) == [1]
     assert worth_drafting([sunk], flat) == [False]
@@ -379,6 +383,9 @@ def test_parking_looks_at_every_request() -> None:
     assert worth_drafting([hopeless, likely], dear) == [False, True]
     assert worth_drafting([replace(likely, cap=0), hopeless], dear) == [False, False]
     assert worth_drafting([Candidate((1.0, 1.0), free=2)], dear) == [False]
+    # An anchor costs as much as a whole pass gains from a lone draft, however sure it is.
+    short, long = Candidate((0.9,)), Candidate((0.8, 0.8, 0.8))
+    assert worth_drafting([short, long], Curve((1.0, 1.0), anchor=0.5)) == [False, True]
 
 
 @pytest.mark.parametrize(
