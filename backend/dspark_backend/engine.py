@@ -89,14 +89,9 @@ class Engine:
         self.lock = threading.RLock()
         draft_shape = None if drafter is None else drafter.context_shape
         self._pool = SequencePool(decoder.kv_shape, draft_shape, kv_bytes)
-        block_size = 0 if drafter is None else drafter.block_size
-        arbiter = Arbiter(
-            block_size,
-            policy
-            or (Fixed(block_size) if cost is None else StepAware(block_size=block_size or 8)),
-            cost,
-            signals or Signals(copies=cost is not None),
-        )
+        size = 0 if drafter is None else drafter.block_size
+        usual = Fixed(size) if cost is None else StepAware(block_size=size or 8)
+        arbiter = Arbiter(size, policy or usual, cost, signals or Signals(copies=cost is not None))
         self._loop = StepLoop(
             decoder, self._pool, threads, limits, drafter, arbiter, cost, self._retire
         )

@@ -81,12 +81,13 @@ class StepLoop:
         self._sweep()
         self._budget()
         chosen = []
-        pending = [(step.base_rows, len(step.block.tokens)) for step in self.running]
-        counts = plan(pending, self._limits)
-        for step, count in zip(self.running, counts, strict=True):
-            if not count:
+        counts = plan([step.base_rows for step in self.running], self._limits)
+        for step, committed in zip(self.running, counts, strict=True):
+            if not committed:
                 continue
             kv = step.session.kv
+            # Drafts come with the last committed tokens, and on top of what was planned.
+            count = committed + (len(step.block.tokens) if committed == step.base_rows else 0)
             self._guarded(step, partial(self._pool.reserve, kv, kv.length + count))
             if not step.finished:
                 wanted = 1 + len(step.block.tokens) if count == step.pending else 0
@@ -222,7 +223,7 @@ class StepLoop:
     def _bystanders(self, steps: Sequence[RunningStep]) -> list[Candidate]:
         """The other steps of the pass: those that prefill, with the rows they may get."""
         others = [step for step in self.running if step not in steps]
-        counts = plan([(step.base_rows, 0) for step in self.running], self._limits)
+        counts = plan([step.base_rows for step in self.running], self._limits)
         rows = dict(zip(map(id, self.running), counts, strict=True))
         return [
             Candidate((), base_rows=rows[id(step)], context=step.context)

@@ -87,8 +87,8 @@ class StepRequest:
 
     ``tokens`` are appended to the session's log. ``stop`` strings end the step and are not part of
     the text; ``stop_token_ids`` come on top of the model's own end-of-turn tokens (unless
-    ``ignore_eos``). The end-of-turn token of ``grammar`` ends the step in any case. With ``explain``
-    the outcome holds an account of every cycle.
+    ``ignore_eos``). The end-of-turn token of ``grammar`` ends the step in any case. With
+    ``explain`` the outcome holds an account of every cycle.
     """
 
     tokens: tuple[int, ...]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 class Limits:
     """Bounds of one pass.
 
-    ``decode_rows``: a step with at most this many committed tokens to compute is decoding, one with more is
+    ``decode_rows``: a step with at most this many tokens to compute is decoding, one with more is
     prefilling. ``prefill_rows``: rows given to prefills in a pass that no decoding step waits for;
     ``mixed_rows``: when one does, so that a long prompt delays a decoding neighbour by a bounded
     time. ``running``: steps admitted at once; later ones queue.
@@ -22,19 +22,18 @@ class Limits:
     running: int = 64
 
 
-def plan(pending: Sequence[tuple[int, int]], limits: Limits) -> list[int]:
+def plan(pending: Sequence[int], limits: Limits) -> list[int]:
     """Rows of each running step in the next pass, 0 for those that sit it out.
 
-    ``pending[i]`` is how many committed tokens (at least one) and how many drafts step i has to
-    compute, steps in order of arrival. All decoding steps take part whole, drafts included;
-    prefills share the rows left to them, first come first served, so none starves: every pass moves
-    the oldest on.
+    ``pending[i]`` >= 1 is how many tokens step i has to compute, steps in order of arrival. All
+    decoding steps take part whole; prefills share the rows left to them, first come first served,
+    so none starves: every pass moves the oldest on.
     """
-    decoding = [committed <= limits.decode_rows for committed, _ in pending]
+    decoding = [count <= limits.decode_rows for count in pending]
     room = limits.mixed_rows if any(decoding) else limits.prefill_rows
     rows = []
-    for (committed, drafts), small in zip(pending, decoding, strict=True):
-        taken = committed + drafts if small else min(committed, room)
+    for count, small in zip(pending, decoding, strict=True):
+        taken = count if small else min(count, room)
         if not small:
             room -= taken
         rows.append(taken)

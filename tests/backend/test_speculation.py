@@ -9,18 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from dspark_backend.catalog.files import ModelFiles, open_checkpoint
 from dspark_backend.engine import Engine
-from dspark_backend.errors import RequestError
 from dspark_backend.grammar.compile import Grammar
 from dspark_backend.kv.contiguous import KVBudget, KVShape, SequenceKV
 from dspark_backend.request import FinishReason, ForcedMode, SamplingParams, StepRequest
 from dspark_backend.scheduler import Limits
-from dspark_backend.speculation.block import FORCED, constrained
+from dspark_backend.speculation.block import FORCED, Offer, constrained
 from dspark_backend.speculation.candidate import BudgetPolicy
 from dspark_backend.speculation.policies import Fixed
 from dspark_backend.speculation.protocol import Anchor, Proposal
@@ -309,34 +306,13 @@ def test_a_budget_of_nothing_never_drafts(
     assert fast.drafter.blocks == 0
 
 
-@given(
-    st.lists(st.floats(0, 1), max_size=8), st.integers(0, 8), st.integers(-1, 9), st.floats(0, 1)
-)
-def test_budget_is_the_longest_admissible_prefix(
-    steps: list[float], length: int, room: int, threshold: float
-) -> None:
-    survival = np.cumprod(steps).tolist()
-    taken = Budget(length, threshold).take(survival, room)
-    admissible = [
-        n
-        for n in range(len(survival) + 1)
-        if n <= min(length, max(room, 0)) and all(a >= threshold for a in survival[:n])
-    ]
-    assert taken == max(admissible)
-
-
-@pytest.mark.parametrize("fields", [{"length": -1}, {"length": 3, "threshold": 1.5}])
-def test_bad_budgets_are_refused(fields: dict[str, float]) -> None:
-    with pytest.raises(RequestError, match="budget"):
-        Budget(**fields)  # type: ignore[arg-type]
-
-
 def test_a_block_leaves_the_matcher_where_it_was(plain: Engine) -> None:
     matcher = grammar(plain).matcher()
     before, after = (torch.zeros(matcher.words, dtype=torch.int32) for _ in range(2))
     matcher.fill_mask(before)
     trail = Trail(matcher, canonical=True)
-    block = constrained(trail, [1, 2, 3], "script", room=20)
+    offer = Offer.as_said(Proposal((1, 2, 3), (0.9, 0.8, 0.7), "script"))
+    block = constrained(trail, offer, room=20)
     trail.commit([])
     matcher.fill_mask(after)
     assert torch.equal(before, after)

@@ -1,9 +1,9 @@
 """Who proposes, whose proposal is taken and how much of it is verified (DSPARK.md, 5 and 6).
 
 Everything here is decided before the pass, from the committed history, the grammar's state, load,
-cost and confidences. With sampled drafts (rejection sampling) nothing may depend on a token that is
-still to be judged: there the source is chosen before the drafter is asked, and the budget is the one
-that does not anticipate. All other drafts are functions of the context, for which any choice is
+cost and confidences. With sampled drafts (rejection sampling) nothing may depend on a token that
+is still to be judged: there the source is chosen before the drafter is asked, and the budget is the
+one that does not anticipate. All other drafts are functions of the context, for which any choice is
 exact.
 """
 
@@ -172,17 +172,16 @@ class Arbiter:
         others: Sequence[Candidate],
     ) -> list[int]:
         assert self._cost is not None
-        expected, recent = [], {}
+        expected = []
         for index, step in enumerate(steps):
             survival: tuple[float, ...] = ()
             if index in wanting:
                 survival = self._outlook.expected(step.kind)
-                recent[index] = self._outlook.recent(step.kind)
             elif index in copies:
                 survival = copies[index].survival
             drafted = index in wanting
             expected.append(_candidate(step, survival, drafted=drafted))
-        worth = worth_drafting([*expected, *others], self._cost, recent)
+        worth = worth_drafting([*expected, *others], self._cost)
         return [
             index
             for index in wanting

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from typing import Final
 
 from dspark_backend.request import StepKind
@@ -36,10 +35,6 @@ class Outlook:
             for k, value in enumerate(survival):
                 sums[k] += value
         return tuple(total / len(recent) for total in sums)
-
-    def recent(self, kind: StepKind) -> Sequence[tuple[float, ...]]:
-        """The latest survivals themselves; empty where nobody has drafted yet."""
-        return self._recent.get(kind, ())
 
     def drafted(self, kind: StepKind, survival: tuple[float, ...]) -> None:
         """The drafter was asked, and this is what its block is expected to be worth."""

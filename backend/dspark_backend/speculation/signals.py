@@ -24,6 +24,7 @@ class Signals:
     parking: bool = True
 
     @classmethod
-    def none(cls) -> Signals:
-        """Plain block drafting, as engines without agents do it."""
-        return cls(False, False, False, False, False, False)
+    def drafts_alone(cls) -> Signals:
+        """Nothing but the drafter's blocks, drafted under the grammar: what a test of them, or a
+        comparison with other engines, wants."""
+        return cls(copies=False, splice=False, calibration=False, parking=False)

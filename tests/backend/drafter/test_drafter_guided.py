@@ -22,6 +22,7 @@ from dspark_backend.request import AcceptanceRule, ForcedMode, SamplingParams, S
 from dspark_backend.speculation.guide import ChainGuide, Likeliest
 from dspark_backend.speculation.policies import Fixed, Threshold
 from dspark_backend.speculation.protocol import Anchor, Proposal
+from dspark_backend.speculation.signals import Signals
 from dspark_backend.speculation.trail import Trail
 
 MakeDrafter = Callable[..., Any]
@@ -229,9 +230,10 @@ def test_guided_speculation_writes_what_plain_decoding_writes(
     with Engine.load(random.target_folder, threads=1, speculation=False) as plain:
         expected = texts(plain)
     assert not seen
-    for budget in (None, Fixed(2), Threshold(5, 0.3)):
-        options = {"drafter": folder, "budget": budget}
+    for policy in (Fixed(5), Fixed(2), Threshold(5, 0.3)):
+        options = {"drafter": folder, "policy": policy, "signals": Signals.drafts_alone()}
         with Engine.load(random.target_folder, threads=1, **options) as fast:
+            seen.clear()  # loading measures what drafting costs
             assert texts(fast) == expected
     assert all(anchor.guide is not None for anchor, _ in seen)
     assert any(proposal.tokens for _, proposal in seen)
@@ -245,7 +247,8 @@ def test_rejection_with_the_real_chain_keeps_to_the_grammar(
     folder = tmp_path / "drafter"
     write_drafter(folder, random.config, random.state, random.d2t, storage=Storage.INT8)
     rejection = SamplingParams(temperature=1.0, acceptance=AcceptanceRule.REJECTION)
-    with Engine.load(random.target_folder, threads=1, drafter=folder) as engine:
+    options = {"drafter": folder, "policy": Fixed(5), "signals": Signals.drafts_alone()}
+    with Engine.load(random.target_folder, threads=1, **options) as engine:
         grammar = engine.dialect.compiler.compile_lark(CALL)
         for seed in range(12):
             sampling = replace(rejection, seed=seed)

@@ -21,7 +21,7 @@ from dspark_backend.kv.contiguous import KVShape, SequenceKV
 from dspark_backend.sampling.choose import sample
 from dspark_backend.sampling.noise import Noise, Stream
 from dspark_backend.scheduler import Limits
-from dspark_backend.speculation.budget import Budget
+from dspark_backend.speculation.candidate import BudgetPolicy
 from dspark_backend.speculation.distribution import Distribution
 from dspark_backend.speculation.protocol import Anchor, Proposal
 from dspark_backend.speculation.vocabulary import DraftVocabulary
@@ -142,12 +142,12 @@ MakeEngine = Callable[..., tuple[Engine, MarkovDrafter]]
 def speculative(tiny_files: ModelFiles) -> Iterator[MakeEngine]:
     opened: list[Engine] = []
 
-    def load(budget: Budget | None = None, **options: Any) -> tuple[Engine, MarkovDrafter]:
+    def load(policy: BudgetPolicy | None = None, **options: Any) -> tuple[Engine, MarkovDrafter]:
         decoder = load_decoder(tiny_files, Precision.INT8, 512)
         drafter = MarkovDrafter(**options)
         limits = Limits(running=1 if options else 64)
         opened.append(
-            Engine(tiny_files, decoder, Precision.INT8, 1, 2**28, limits, drafter, budget)
+            Engine(tiny_files, decoder, Precision.INT8, 1, 2**28, limits, drafter, policy)
         )
         return opened[-1], drafter
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -15,9 +15,10 @@ from dspark_backend.errors import GrammarError
 from dspark_backend.grammar import bitmask
 from dspark_backend.grammar.compile import Grammar
 from dspark_backend.grammar.matcher import Matcher
-from dspark_backend.speculation.block import FORCED, constrained
+from dspark_backend.speculation.block import FORCED, Offer, constrained
 from dspark_backend.speculation.distribution import Distribution
 from dspark_backend.speculation.guide import ChainGuide, Likeliest, Slot
+from dspark_backend.speculation.protocol import Proposal
 from dspark_backend.speculation.trail import Trail
 from dspark_backend.speculation.vocabulary import DraftVocabulary
 
@@ -117,7 +118,12 @@ def test_a_grammar_that_dies_ends_the_chain_and_kills_the_step_where_it_gets_the
     monkeypatch.setattr(Matcher, "fill_mask", dying)
     assert guide.choose(logits, spoken) is None
     with pytest.raises(GrammarError, match="died"):
-        constrained(trail, [alive.token], "script", room=9)
+        constrained(trail, offer([alive.token]), room=9)
+
+
+def offer(drafts: Sequence[int], distributions: tuple[Distribution | None, ...] = ()) -> Offer:
+    survival = tuple(0.9 ** (k + 1) for k in range(len(drafts)))
+    return Offer.as_said(Proposal(tuple(drafts), survival, "script", distributions=distributions))
 
 
 @pytest.mark.parametrize("canonical", [True, False])
@@ -134,12 +140,12 @@ def test_no_mask_is_filled_twice_for_one_place(
 
     trail = Trail(lark(source).matcher(canonical=canonical), canonical=canonical)
     monkeypatch.setattr(Matcher, "fill_mask", counted)
-    constrained(trail, [], "plain", room=9)
+    constrained(trail, None, room=9)
     guide, spoken = ChainGuide(trail, 9, Likeliest()), vocabulary(1, VOCAB)
     rng = np.random.default_rng(4)
     chain = [guide.choose(rng.standard_normal(VOCAB).astype(np.float32), spoken) for _ in range(6)]
     drafts = [slot.token for slot in chain if slot is not None]
-    block = constrained(trail, drafts, "script", room=9)
+    block = constrained(trail, offer(drafts), room=9)
     assert list(block.tokens[: len(drafts)]) == drafts
     assert len(filled) == len(set(filled)) > 1
 
@@ -189,10 +195,11 @@ def test_an_illegal_draft_ends_the_block_before_it_or_with_it(lark: Lark) -> Non
     half = Distribution(np.array([1, 2], np.uint32), np.array([0.5, 0.5]))
     drafts = [legal[0], illegal, legal[1]]
     trail = Trail(grammar.matcher(), canonical=True)
-    certain = constrained(trail, drafts, "script", room=9)
+    certain = constrained(trail, offer(drafts), room=9)
     assert certain.tokens == (legal[0],)
     assert certain.distributions == ()
-    drawn = constrained(trail, drafts, "script", room=9, distributions=(half,) * 3)
+    assert certain.refused == (0, 1)
+    drawn = constrained(trail, offer(drafts, (half,) * 3), room=9)
     assert drawn.tokens == (legal[0], illegal)
     assert drawn.distributions == (half, half)
     assert drawn.masks is not None
@@ -207,10 +214,11 @@ def test_forced_tokens_between_drafts_are_certain(lark: Lark) -> None:
     span = matcher.forced()
     q = Distribution(np.array([first], np.uint32), np.ones(1))
     trail = Trail(grammar.matcher(), canonical=True)
-    block = constrained(trail, [first, 7], "script", room=20, distributions=(q, q))
+    block = constrained(trail, offer([first, 7], (q, q)), room=20)
     assert block.sources[: 1 + len(span)] == ("script", *[FORCED] * len(span))
     assert block.distributions[0] is q
     assert not any(block.distributions[1:])
+    assert block.survival == (block.survival[0],) * len(block.tokens)
 
 
 @given(st.floats(0.001, 0.999), st.floats(1e-6, 1.0), st.integers(2, 1000))

@@ -26,9 +26,9 @@ from dspark_backend.request import (
 )
 from dspark_backend.sampling import Sampler
 from dspark_backend.scheduler import Limits
-from dspark_backend.speculation.block import Block, constrained
+from dspark_backend.speculation.block import Block, Offer, constrained
 from dspark_backend.speculation.candidate import BudgetPolicy, Candidate, CycleCost
-from dspark_backend.speculation.policies import Fixed, Threshold
+from dspark_backend.speculation.policies import Threshold
 from dspark_backend.target.batch import Batch, Rows
 from dspark_backend.target.decoder import Decoder
 from dspark_backend.target.load import load_decoder
@@ -194,12 +194,13 @@ def test_illegal_drafts_are_rejected_into_the_residual_and_must_not_be_cut(
 
     assert sigmas(written(), expected) < 4.0
 
-    def cut(trail: Any, drafts: Sequence[int], *rest: Any, **fields: Any) -> Block:
+    def cut(trail: Any, offer: Offer | None, **fields: Any) -> Block:
+        drafts = () if offer is None else offer.proposal.tokens
         legal = 0
         while legal < len(drafts) and is_allowed(trail.mask(drafts[:legal]), drafts[legal]):
             legal += 1
-        fields["distributions"] = fields["distributions"][:legal]
-        return constrained(trail, drafts[:legal], *rest, **fields)
+        first = None if offer is None else Offer.as_said(offer.proposal.first(legal))
+        return constrained(trail, first, **fields)
 
     monkeypatch.setattr(running, "constrained", cut)
     assert sigmas(written(), expected) > 8.0
@@ -224,8 +225,8 @@ def test_a_budget_that_looks_back_is_biased_and_ours_is_not(
     for text, p in all_texts(decoder, step).items():
         expected[text[0]] += p
     distances = []
-    for budget in (Threshold(2, 0.02), Retrospective(2)):
-        engine, _ = speculative(budget)
+    for policy in (Threshold(2, 0.02), Retrospective()):
+        engine, _ = speculative(policy)
         distances.append(sigmas([text[0] for text in texts(engine, step)], expected))
     ours, looking_back = distances
     assert ours < 4.0
