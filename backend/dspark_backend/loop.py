@@ -165,8 +165,13 @@ class StepLoop:
         for index, step in enumerate(steps):
             offer = self._arbiter.better(step, copies.get(index), drafts.get(index))
             if offer is not None and not step.finished:
-                extend = self._arbiter.continuation(step.session.copies(self._copied), step)
-                self._guarded(step, partial(step.offer, offer, extend))
+                self._guarded(step, partial(self._lay_out, step, offer))
+
+    def _lay_out(self, step: RunningStep, offer: Offer) -> None:
+        copies = self._arbiter.signals.copies
+        proposer = step.session.copies(self._copied) if copies else None
+        extend = None if proposer is None else self._arbiter.continuation(proposer, step)
+        step.offer(offer, extend)
 
     def _copy(self, step: RunningStep) -> Offer | None:
         if not self._arbiter.signals.copies:
@@ -214,7 +219,11 @@ class StepLoop:
     def _budget(self) -> None:
         """Cut every block to what is to be verified of it."""
         steps = [step for step in self.running if step.base_rows <= self._limits.decode_rows]
-        decisions = self._arbiter.decide(steps, self._bystanders(steps))
+        try:
+            decisions = self._arbiter.decide(steps, self._bystanders(steps))
+        except Exception:
+            _log.exception("no budget: %d steps take what the grammar forces", len(steps))
+            decisions = [Decision(step.block.free, "the policy failed") for step in steps]
         for step, decision in zip(steps, decisions, strict=True):
             if step.request.explain:
                 self._cycle.explained[step] = (step.block, decision)
