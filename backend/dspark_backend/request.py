@@ -22,6 +22,18 @@ class StepKind(StrEnum):
     MIXED = "mixed"
 
 
+class Urgency(StrEnum):
+    """Who waits for a step: a hint for the scheduler, never a change of the output.
+
+    ``critical``: it is on the critical path of other work. ``interactive``: somebody waits for it.
+    ``background``: nobody waits for it now.
+    """
+
+    CRITICAL = "critical"
+    INTERACTIVE = "interactive"
+    BACKGROUND = "background"
+
+
 class ForcedMode(StrEnum):
     """How tokens that a grammar determines are taken (DSPARK.md, section 6).
 
@@ -72,6 +84,10 @@ class StepRequest:
     ``tokens`` are appended to the session's log. ``stop`` strings end the step and are not part of
     the text; ``stop_token_ids`` come on top of the model's own end-of-turn tokens (unless
     ``ignore_eos``). The end-of-turn token of ``grammar`` ends the step in any case.
+
+    ``max_new_tokens`` 0 computes ``tokens`` and writes nothing: see :meth:`Engine.prefill`.
+    ``urgency`` and ``deadline_s`` (seconds from submission) are hints of who goes first among
+    many; a step past its deadline goes on.
     """
 
     tokens: tuple[int, ...]
@@ -83,6 +99,8 @@ class StepRequest:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     kind: StepKind = StepKind.TEXT
+    urgency: Urgency = Urgency.INTERACTIVE
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ state, sampler and text advance together.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -59,6 +60,8 @@ class RunningStep:
         self._callback_error: Exception | None = None
         self._cancelled = threading.Event()
         self._submitted = time.perf_counter()
+        self.due = math.inf if request.deadline_s is None else self._submitted + request.deadline_s
+        """When the step should be over, on the clock of ``time.perf_counter``."""
         self._admitted = False
         self._prefilling = True
         self._stops = StopStrings(request.stop)
@@ -83,6 +86,16 @@ class RunningStep:
     def pending(self) -> int:
         """Committed tokens whose keys and values are not computed yet, plus the drafts on top."""
         return len(self.session.log) - self.session.kv.length + len(self.block.tokens)
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether the step only computes its tokens and writes nothing."""
+        return self.request.max_new_tokens == 0
+
+    @property
+    def admitted(self) -> bool:
+        """Whether the step has left the queue."""
+        return self._admitted
 
     @property
     def cancelled(self) -> bool:
@@ -164,6 +177,8 @@ class RunningStep:
                 self._prefilling = False
                 cached = self.metrics.prefill_cached_tokens
                 self._emit(Prefilled(self.metrics.prefill_new_tokens, cached))
+                if self.is_prefill:
+                    self.finish(FinishReason.LENGTH)
         else:
             self.metrics.decode_s += seconds
 
@@ -196,7 +211,7 @@ class RunningStep:
         self._deliver(self._stops.feed(self._stream.flush())[0] + self._stops.flush(), (), MODEL)
         self._account()
         self.finished = True
-        new = tuple(self.session.log[self._start :])
+        new = tuple(self.session.log[self._start : self._start + self.new_tokens])
         outcome = StepOutcome(new, "".join(self._text), reason, self.metrics)
         self._release()
         self._emit(Finished(outcome))
@@ -212,7 +227,8 @@ class RunningStep:
 
     @property
     def new_tokens(self) -> int:
-        return len(self.session.log) - self._start
+        # What follows a prefill in the log is the next step's.
+        return 0 if self.is_prefill else len(self.session.log) - self._start
 
     # -- the rules ---------------------------------------------------------------------------
 
@@ -288,7 +304,9 @@ class RunningStep:
 
     def _release(self) -> None:
         self.block = Block()
-        self.session.running = None
+        if self.session.running is self:  # a step may have taken over from a prefill
+            self.session.running = None
+            self.session.idle_since = time.monotonic()
 
     def _emit(self, event: StepEvent) -> None:
         self.events.put(event)

@@ -276,7 +276,7 @@ def test_context_limit_raises_and_leaves_the_session_alone(engine: Engine) -> No
     ("step", "message"),
     [
         (StepRequest((), 5), "no tokens"),
-        (StepRequest((1,), 0), "max_new_tokens"),
+        (StepRequest((1,), -1), "max_new_tokens"),
         (StepRequest((512,), 5), "outside the vocabulary"),
         (StepRequest((-1,), 5), "outside the vocabulary"),
         (StepRequest((1,), 5, SamplingParams(temperature=-1.0)), "temperature"),
@@ -307,25 +307,65 @@ def test_a_failing_step_does_not_disturb_its_neighbour(engine: Engine) -> None:
         assert healthy.result(30).token_ids == expected
 
 
-def test_memory_that_runs_out_fails_the_step_that_wanted_it(
+def test_what_can_never_fit_fails_at_once(own_engine: Callable[..., Engine]) -> None:
+    engine = own_engine(kv_bytes=GRAIN_BYTES)
+    with engine.open_session() as session:
+        with pytest.raises(CapacityError, match="kv_bytes"):
+            engine.submit(session, request(count=SequenceKV.GRAIN))
+        assert session.tokens == ()
+        assert engine.step(session, request()).finish_reason is FinishReason.LENGTH
+
+
+def test_a_step_waits_for_memory_that_others_run_in(own_engine: Callable[..., Engine]) -> None:
+    engine = own_engine(kv_bytes=2 * GRAIN_BYTES)
+    sessions = [engine.open_session() for _ in range(5)]
+    requests = [request(tuple(range(i, i + 20)), 30 + i) for i in range(5)]
+    expected = [alone(engine, step).token_ids for step in requests]
+    handles = [engine.submit(s, r) for s, r in zip(sessions, requests, strict=True)]
+    outcomes = [handle.result(60) for handle in handles]
+    assert [outcome.token_ids for outcome in outcomes] == expected
+    assert outcomes[-1].metrics.queue_s > outcomes[0].metrics.total_s
+    assert engine.kv_used_bytes <= 2 * GRAIN_BYTES
+    # Whose keys and values were given up computes them again, and goes on as if nothing was.
+    assert [len(s.tokens) for s in sessions] == [20 + 30 + i for i in range(5)]
+    again = [engine.step(session, request((7, 8))) for session in sessions]
+    assert again[0].metrics.prefill_cached_tokens == 0
+    log = (*requests[0].tokens, *expected[0], 7, 8)
+    assert again[0].token_ids == alone(engine, request(log)).token_ids
+
+
+def test_idle_sessions_keep_theirs_while_there_is_anything_else(
     own_engine: Callable[..., Engine],
 ) -> None:
-    with pytest.raises(CapacityError, match="kv_bytes"):
-        alone(own_engine(kv_bytes=GRAIN_BYTES // 2), request(count=200))
-    engine = own_engine(kv_bytes=2 * GRAIN_BYTES)
-    keepers = [engine.open_session() for _ in range(3)]
-    used = [
-        engine.submit(session, request(tuple(range(i, i + 20))))
-        for i, session in enumerate(keepers)
-    ]
-    outcomes = []
-    for handle in used:
-        try:
-            outcomes.append(handle.result(30).finish_reason)
-        except CapacityError as error:
-            outcomes.append(str(error)[:25])
-    assert outcomes.count(FinishReason.LENGTH) == 2
-    assert any("KV memory is used up" in str(o) for o in outcomes)
+    engine = own_engine(kv_bytes=8 * GRAIN_BYTES)
+    sessions = [engine.open_session() for _ in range(6)]
+    for i, session in enumerate(sessions):
+        engine.step(session, request(tuple(range(i, i + 20))))
+    kept = tuple(range(200, 220))
+    alone(engine, request(kept))  # a prefix of a closed session: one grain, kept
+    engine.step(engine.open_session(), request(tuple(range(100, 120))))
+    assert [session.cached_tokens for session in sessions] == [31] * 6
+    engine.step(engine.open_session(), request(tuple(range(130, 150))))
+    assert [session.cached_tokens for session in sessions] == [31] * 6
+    assert alone(engine, request(kept)).metrics.prefill_cached_tokens == 0
+
+
+def test_who_returns_last_gives_up_first(own_engine: Callable[..., Engine]) -> None:
+    engine = own_engine(kv_bytes=3 * GRAIN_BYTES)
+    sessions = [engine.open_session() for _ in range(3)]
+    for i, session in enumerate(sessions):
+        engine.step(session, request(tuple(range(i, i + 20))))
+    sessions[0].expect_return(0.5)
+    sessions[1].expect_return(3600)
+    sessions[2].expect_return(60)
+    others = [engine.open_session() for _ in range(2)]
+    engine.step(others[0], request(tuple(range(100, 120))))
+    assert [session.cached_tokens > 0 for session in sessions] == [True, False, True]
+    others[0].expect_return(1)
+    engine.step(others[1], request(tuple(range(130, 150))))
+    assert [session.cached_tokens > 0 for session in sessions] == [True, False, False]
+    with pytest.raises(RequestError, match="0 seconds or more"):
+        sessions[0].expect_return(-1)
 
 
 def test_kept_prefixes_make_room_when_memory_is_short(own_engine: Callable[..., Engine]) -> None:
