@@ -21,6 +21,11 @@ class StepHandle:
         """End the step within one iteration of the engine; its result says ``cancelled``."""
         self._running.cancel()
 
+    @property
+    def done(self) -> bool:
+        """Whether the step is over, for whatever reason."""
+        return self._running.over.is_set()
+
     def events(self) -> Iterator[StepEvent]:
         """All events not read yet, as they come; ends after ``Finished`` or ``Failed``."""
         while self._last is None:

@@ -25,6 +25,7 @@ from dspark_backend.request import (
     SamplingParams,
     StepOutcome,
     StepRequest,
+    Urgency,
 )
 from dspark_backend.scheduler import Limits
 
@@ -277,12 +278,13 @@ def test_context_limit_raises_and_leaves_the_session_alone(engine: Engine) -> No
     [
         (StepRequest((), 5), "no tokens"),
         (StepRequest((1,), -1), "max_new_tokens"),
+        (StepRequest((1,), 5, deadline_s=float("nan")), "deadline_s"),
         (StepRequest((512,), 5), "outside the vocabulary"),
         (StepRequest((-1,), 5), "outside the vocabulary"),
         (StepRequest((1,), 5, SamplingParams(temperature=-1.0)), "temperature"),
         (StepRequest((1,), 5, stop=("",)), "stop string"),
     ],
-    ids=["empty", "length", "high-id", "low-id", "temperature", "stop"],
+    ids=["empty", "length", "deadline", "high-id", "low-id", "temperature", "stop"],
 )
 def test_bad_requests_never_reach_the_loop(engine: Engine, step: StepRequest, message: str) -> None:
     with engine.open_session() as session:
@@ -382,6 +384,108 @@ def test_more_steps_than_may_run_wait_their_turn(own_engine: Callable[..., Engin
     outcomes = [handle.result(60) for handle in handles]
     assert {outcome.finish_reason for outcome in outcomes} == {FinishReason.LENGTH}
     assert outcomes[-1].metrics.queue_s > outcomes[0].metrics.queue_s
+
+
+def test_a_thousand_steps_all_finish(own_engine: Callable[..., Engine]) -> None:
+    engine = own_engine(kv_bytes=40 * GRAIN_BYTES)
+    handles = []
+    for i in range(1000):
+        urgency = list(Urgency)[i % 3]
+        session = engine.open_session()
+        step = request((i % 300, 1 + i % 7, 5), 1 + i % 3, urgency=urgency, deadline_s=i % 11)
+        handles.append(engine.submit(session, step))
+    outcomes = [handle.result(100) for handle in handles]
+    assert [len(outcome.token_ids) for outcome in outcomes] == [1 + i % 3 for i in range(1000)]
+    for i in (0, 400, 999):
+        expected = alone(engine, request((i % 300, 1 + i % 7, 5), 1 + i % 3))
+        assert outcomes[i].token_ids == expected.token_ids
+
+
+def test_the_urgent_step_is_admitted_first(own_engine: Callable[..., Engine]) -> None:
+    engine = own_engine(limits=Limits(running=1))
+    ended: list[str] = []
+
+    def ends(name: str) -> Callable[[StepEvent], None]:
+        return lambda event: ended.append(name) if isinstance(event, Finished) else None
+
+    started = threading.Event()
+    busy = engine.submit(engine.open_session(), request(count=200), lambda _: started.set())
+    assert started.wait(30)
+    order = {
+        "background": {"urgency": Urgency.BACKGROUND},
+        "interactive": {},
+        "due later": {"deadline_s": 90.0},
+        "due soon": {"deadline_s": 30.0},
+        "critical": {"urgency": Urgency.CRITICAL},
+    }
+    handles = [
+        engine.submit(engine.open_session(), request(count=2, **fields), ends(name))
+        for name, fields in order.items()
+    ]
+    busy.cancel()
+    for handle in handles:
+        handle.result(30)
+    assert ended == ["critical", "due soon", "due later", "interactive", "background"]
+
+
+def test_a_prefill_computes_what_the_next_step_then_finds(engine: Engine) -> None:
+    expected = alone(engine, request((*PROMPT, 1, 2, 3)))
+    with engine.open_session() as session:
+        outcome = engine.prefill(session, PROMPT).result(30)
+        assert outcome.token_ids == ()
+        assert outcome.finish_reason is FinishReason.LENGTH
+        assert session.tokens == PROMPT
+        assert session.cached_tokens == len(PROMPT)
+        step = engine.step(session, request((1, 2, 3)))
+    assert step.token_ids == expected.token_ids
+    assert step.metrics.prefill_new_tokens == 3
+
+
+def test_a_step_takes_over_from_a_prefill_wherever_that_is(
+    own_engine: Callable[..., Engine],
+) -> None:
+    engine = own_engine(limits=Limits(decode_rows=2, prefill_rows=8, mixed_rows=4))
+    ahead = tuple(i % 380 for i in range(160))
+    expected = alone(engine, request((*ahead, 1, 2)))
+    engine.close()
+    for wait in (False, True):
+        engine = own_engine(limits=Limits(decode_rows=2, prefill_rows=8, mixed_rows=4))
+        with engine.open_session() as session:
+            prefill = engine.prefill(session, ahead)
+            while wait and not session.cached_tokens:
+                pass
+            with pytest.raises(SessionClosedError, match="in flight"):
+                session.rollback(1)
+            step = engine.step(session, request((1, 2)))
+            assert prefill.result(30).token_ids == ()
+            assert step.token_ids == expected.token_ids
+            assert session.tokens == (*ahead, 1, 2, *step.token_ids)
+            assert engine.step(session, request((9,))).finish_reason is FinishReason.LENGTH
+
+
+def test_a_cancelled_prefill_leaves_its_tokens_for_the_next_step(engine: Engine) -> None:
+    expected = alone(engine, request((*range(300), 1)))
+    with engine.open_session() as session:
+        handle = engine.prefill(session, range(300))
+        handle.cancel()
+        handle.result(30)
+        assert session.tokens == tuple(range(300))
+        assert engine.step(session, request((1,))).token_ids == expected.token_ids
+
+
+def test_closing_under_a_prefill_that_was_taken_over(own_engine: Callable[..., Engine]) -> None:
+    engine = own_engine()
+    session = engine.open_session()
+    handles = [engine.prefill(session, range(300)), engine.submit(session, request(count=100))]
+    session.close()
+    assert {handle.result(30).finish_reason for handle in handles} <= {
+        FinishReason.CANCELLED,
+        FinishReason.LENGTH,
+    }
+    left = engine.prefill(engine.open_session(), range(400))
+    engine.close()
+    left.result(30)
+    assert engine.kv_used_bytes == 0
 
 
 def test_settings_are_checked(tiny_checkpoint: Callable[..., Path]) -> None:
