@@ -59,13 +59,7 @@ from dspark_backend.grammar import events as parsed
 from dspark_backend.grammar.spec import TurnSpec
 from dspark_backend.metrics import EngineMetrics
 from dspark_backend.request import FinishReason as EngineFinish
-from dspark_backend.request import (
-    ForcedMode,
-    SamplingParams,
-    StepOutcome,
-    StepRequest,
-    Urgency,
-)
+from dspark_backend.request import ForcedMode, SamplingParams, StepOutcome, StepRequest, Urgency
 from dspark_backend.session import Session as EngineSession
 
 DEFAULT_MAX_TOKENS = 1024
