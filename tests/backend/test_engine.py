@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -448,15 +449,22 @@ def test_a_step_takes_over_from_a_prefill_wherever_that_is(
     ahead = tuple(i % 380 for i in range(160))
     expected = alone(engine, request((*ahead, 1, 2)))
     engine.close()
-    for wait in (False, True):
+    for computed in (0, 8, 80):
         engine = own_engine(limits=Limits(decode_rows=2, prefill_rows=8, mixed_rows=4))
         with engine.open_session() as session:
-            prefill = engine.prefill(session, ahead)
-            while wait and not session.cached_tokens:
-                pass
-            with pytest.raises(SessionClosedError, match="in flight"):
-                session.rollback(1)
-            step = engine.step(session, request((1, 2)))
+            with engine.lock:  # the engine cannot go on meanwhile
+                prefill = engine.prefill(session, ahead)
+                with pytest.raises(SessionClosedError, match="in flight"):
+                    session.rollback(1)
+                with pytest.raises(SessionClosedError, match="in flight"):
+                    session.fork()
+                if not computed:
+                    handle = engine.submit(session, request((1, 2)))
+            if computed:
+                while session.cached_tokens < computed:
+                    time.sleep(0)
+                handle = engine.submit(session, request((1, 2)))
+            step = handle.result(30)
             assert prefill.result(30).token_ids == ()
             assert step.token_ids == expected.token_ids
             assert session.tokens == (*ahead, 1, 2, *step.token_ids)
