@@ -10,6 +10,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
 
+from dspark_agent.errors import UserError
+
 Urgency = Literal["critical", "interactive", "background"]
 """``critical``: other work waits for it; ``interactive``: somebody does; ``background``: nobody."""
 
@@ -41,7 +43,12 @@ def standing(own: Urgency | None, remaining_s: float) -> Standing:
 
     Where a parent waits for it (see :func:`waited_for`), it is at least as urgent as the parent's
     work, and the tighter deadline holds.
+
+    Raises:
+        UserError: ``own`` is no urgency.
     """
+    if own is not None and own not in _RANK:
+        raise UserError(f"urgency {own!r} is not known; there are {', '.join(_RANK)}")
     parent = _waited_for.get()
     deadline = time.monotonic() + remaining_s
     if parent is None:

@@ -8,7 +8,15 @@ from typing import Any
 import anyio
 import pytest
 
-from dspark_agent import Agent, FunctionModel, ModelMessage, ModelTurn, ToolCallPart, UsageLimits
+from dspark_agent import (
+    Agent,
+    FunctionModel,
+    ModelMessage,
+    ModelTurn,
+    ToolCallPart,
+    UsageLimits,
+    UserError,
+)
 from dspark_agent.urgency import Standing, Urgency, standing, waited_for
 
 
@@ -59,6 +67,11 @@ def test_the_tighter_deadline_holds() -> None:
         assert 0.0 < (standing(None, 1.0).deadline_s or 0.0) <= 1.0
         assert standing(None, -1.0).deadline_s == 0.0
     assert standing(None, math.inf).deadline_s is None
+
+
+def test_an_unknown_urgency_is_named() -> None:
+    with pytest.raises(UserError, match="'urgent' is not known; there are critical"):
+        standing("urgent", math.inf)  # type: ignore[arg-type]
 
 
 @pytest.mark.anyio
