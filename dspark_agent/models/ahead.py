@@ -44,7 +44,7 @@ class Ahead:
     @property
     def said(self) -> tuple[int, ...]:
         """The session's log without them."""
-        log = self._session.tokens
+        log: tuple[int, ...] = self._session.tokens
         return log[: len(log) - len(self._tokens)]
 
     async def anticipate(self, call: ToolCallPart) -> None:
@@ -66,7 +66,8 @@ class Ahead:
     def _head(self, call: ToolCallPart) -> list[int]:
         dialect = self._engine.dialect
         closed = self.said[-1] == dialect.end_of_turn_id
-        return dialect.result_head(call.tool_name, call.tool_call_id, closed=closed)
+        head: list[int] = dialect.result_head(call.tool_name, call.tool_call_id, closed=closed)
+        return head
 
     async def claim(self, tokens: Sequence[int]) -> tuple[int, ...]:
         """What the log still lacks of ``tokens``, the next ones to be said; they count as said,
