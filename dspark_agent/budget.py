@@ -42,6 +42,11 @@ def check_tool_calls(budgets: Sequence[Budget], usage: RunUsage, calls: int) -> 
         budget.limits.check_tool_calls(usage.since(budget.start), calls)
 
 
+def limits_tool_calls(budgets: Sequence[Budget]) -> bool:
+    """Whether any budget limits how many tool calls are executed."""
+    return any(budget.limits.tool_calls_limit is not None for budget in budgets)
+
+
 def output_tokens_left(budgets: Sequence[Budget], usage: RunUsage) -> int | None:
     """How many new tokens every budget allows the next turn; None where none limits them."""
     lefts = [b.limits.output_tokens_left(usage.since(b.start)) for b in budgets]

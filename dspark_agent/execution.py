@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic
+from typing import TYPE_CHECKING, Any, Generic
 
 import anyio
 from pydantic import ValidationError
@@ -16,6 +16,9 @@ from dspark_agent.function_schema import validation_text
 from dspark_agent.messages import RetryPromptPart, ToolCallPart, ToolReturnPart
 from dspark_agent.output import complaints
 from dspark_agent.tools import Tool, ToolDefinition
+
+if TYPE_CHECKING:
+    from dspark_agent.early_calls import EarlyCalls
 
 ToolPart = ToolReturnPart | RetryPromptPart
 OnResult = Callable[[int, ToolPart, float], Awaitable[None]]
@@ -51,8 +54,9 @@ class ToolRunner(Generic[DepsT]):
         ctx: RunContext[DepsT],
         count: RetryCount,
         on_result: OnResult,
+        early: EarlyCalls | None = None,
     ) -> list[ToolPart]:
-        """Run ``calls``; one result each, in order.
+        """Run ``calls``, but for those that run ``early`` already; one result each, in order.
 
         Calls of one step run at the same time, but for those of ``sequential`` tools. ``offered``
         are the tools of this step by name, narrowed as the step narrows them: what does not fit
@@ -66,16 +70,24 @@ class ToolRunner(Generic[DepsT]):
         results: dict[int, ToolPart] = {}
 
         async def run_one(index: int) -> None:
-            began = time.perf_counter()
-            part = await self._call(calls[index], offered, ctx, count)
-            results[index] = part
-            await on_result(index, part, time.perf_counter() - began)
+            known = None if early is None else await early.result(index, calls[index])
+            if known is None:
+                began = time.perf_counter()
+                part = await self.call(calls[index], offered, ctx, count)
+                known = part, time.perf_counter() - began
+            results[index] = known[0]
+            await on_result(index, *known)
 
         for batch in self._batches(calls):
             await _all([(run_one, index) for index in batch])
         ordered = [results[index] for index in range(len(calls))]
         self._count_retries(calls, ordered, count)
         return ordered
+
+    def may_start_early(self, call: ToolCallPart) -> bool:
+        """Whether ``call`` may run before the turn that made it is over."""
+        tool = self.tools.get(call.tool_name)
+        return tool is not None and not tool.sequential
 
     def _batches(self, calls: Sequence[ToolCallPart]) -> Iterator[list[int]]:
         batch: list[int] = []
@@ -91,13 +103,15 @@ class ToolRunner(Generic[DepsT]):
         if batch:
             yield batch
 
-    async def _call(
+    async def call(
         self,
         call: ToolCallPart,
         offered: Mapping[str, ToolDefinition],
         ctx: RunContext[DepsT],
         count: RetryCount,
     ) -> ToolPart:
+        """Run one call, checked and with its timeout; see :meth:`run`."""
+
         def retry(reason: str) -> RetryPromptPart:
             return RetryPromptPart(
                 content=reason, tool_name=call.tool_name, tool_call_id=call.tool_call_id

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic
+
+import anyio
 
 from dspark_agent import budget
 from dspark_agent.budget import Budget
 from dspark_agent.context import DepsT, RunContext
 from dspark_agent.conversation import Conversation
+from dspark_agent.early_calls import EarlyCalls, early_calls
 from dspark_agent.errors import ModelRetry, OutputError
 from dspark_agent.events import StepEnd, StepStart, ToolResult
 from dspark_agent.execution import ToolPart, ToolRunner
 from dspark_agent.limits import RunUsage
 from dspark_agent.messages import FinishReason, ModelResponse, RetryPromptPart
-from dspark_agent.models.base import ModelSession, ModelTurn
+from dspark_agent.models.base import ModelEvent, ModelSession, ModelTurn
 from dspark_agent.relay import EventHandler, EventRelay
 from dspark_agent.settings import ModelSettings, merge_settings
 from dspark_agent.step import UNSET, StepPlan, StepResult, Unset
+from dspark_agent.urgency import standing, waited_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,25 +63,21 @@ class TurnTaker(Generic[DepsT]):
         budget.check_request(budgets, self.usage)
         turn = self._turn(conversation, plan, budgets)
         await relay.send(StepStart(index, plan.kind, attempt))
-        response = await self.model.step(conversation.unsent, turn, relay.on_model)
-        conversation.heard(response)
-        self.usage.add_turn(response.usage)
-        ctx = replace(ctx, messages=tuple(conversation.messages))
-
         value: Any = UNSET
         reason: str | None = None
-        parts: list[ToolPart] = []
-        tools_began = time.perf_counter()
-        if response.tool_calls:
-            parts = await self._run_calls(conversation, response, turn, ctx, budgets, relay)
-            reason = _refusal(parts)
-            conversation.ask(*parts)
-            tool_s = time.perf_counter() - tools_began
-        else:
-            value, reason = await self._check_output(response, plan, ctx, attempt)
-            tool_s = 0.0
-            if reason is not None:
-                conversation.ask(RetryPromptPart(content=reason))
+        tool_s = 0.0
+        with waited_for(standing(turn.urgency, _seconds(turn.deadline_s))):
+            response, parts, tool_s = await self._write_and_call(
+                conversation, plan, turn, ctx, budgets, relay
+            )
+            if response.tool_calls:
+                reason = _refusal(parts)
+                conversation.ask(*parts)
+            else:
+                ctx = replace(ctx, messages=tuple(conversation.messages))
+                value, reason = await self._check_output(response, plan, ctx, attempt)
+                if reason is not None:
+                    conversation.ask(RetryPromptPart(content=reason))
         result: StepResult[Any] = StepResult(
             index=index,
             kind=plan.kind,
@@ -101,32 +103,81 @@ class TurnTaker(Generic[DepsT]):
         limit = budget.output_tokens_left(budgets, self.usage)
         if limit is not None:
             settings["max_tokens"] = min(limit, settings.get("max_tokens", limit))
-        return replace(replace(plan, tools=tools).turn, settings=settings)
+        wanted = standing(settings.get("urgency"), budget.deadline(budgets) - anyio.current_time())
+        return replace(
+            replace(plan, tools=tools).turn,
+            settings=settings,
+            urgency=wanted.urgency,
+            deadline_s=wanted.deadline_s,
+        )
+
+    async def _write_and_call(
+        self,
+        conversation: Conversation,
+        plan: StepPlan,
+        turn: ModelTurn,
+        ctx: RunContext[DepsT],
+        budgets: Sequence[Budget],
+        relay: EventRelay,
+    ) -> tuple[ModelResponse, list[ToolPart], float]:
+        """The model's turn and its calls' results, and how long those were waited for after it.
+
+        Calls start while the turn is written, unless their number is limited: then they start
+        when it is known that all of them may.
+        """
+        async with early_calls(
+            self.runner,
+            offered={tool.name: tool for tool in turn.tools},
+            ctx=replace(ctx, messages=tuple(conversation.messages)),
+            count=conversation.retries,
+            allowed=not budget.limits_tool_calls(budgets),
+        ) as early:
+
+            async def on_model(event: ModelEvent) -> None:
+                early.hear(event)
+                await relay.on_model(event)
+
+            response = await self.model.step(conversation.unsent, turn, on_model)
+            conversation.heard(response)
+            self.usage.add_turn(response.usage)
+            ended = time.perf_counter()
+            if not response.tool_calls:
+                return response, [], 0.0
+            ctx = replace(ctx, messages=tuple(conversation.messages))
+            parts = await self._run_calls(
+                conversation, response, plan, turn, ctx, budgets, relay, early
+            )
+            return response, parts, time.perf_counter() - ended
 
     async def _run_calls(
         self,
         conversation: Conversation,
         response: ModelResponse,
+        plan: StepPlan,
         turn: ModelTurn,
         ctx: RunContext[DepsT],
         budgets: Sequence[Budget],
         relay: EventRelay,
+        early: EarlyCalls,
     ) -> list[ToolPart]:
         calls = response.tool_calls
         budget.check_tool_calls(budgets, self.usage, len(calls))
         notes = conversation.repeats.record(calls)
+        likely = self._turn(conversation, plan, budgets)
 
         async def on_result(index: int, part: ToolPart, seconds: float) -> None:
             noted = part.model_copy(update={"note": notes[index]})
             await relay.send(ToolResult(relay.step, index, noted, seconds))
 
-        parts = await self.runner.run(
-            calls,
-            offered={tool.name: tool for tool in turn.tools},
-            ctx=ctx,
-            count=conversation.retries,
-            on_result=on_result,
-        )
+        with early.beside(partial(self.model.anticipate, calls, likely)):
+            parts = await self.runner.run(
+                calls,
+                offered={tool.name: tool for tool in turn.tools},
+                ctx=ctx,
+                count=conversation.retries,
+                on_result=on_result,
+                early=early,
+            )
         self.usage.tool_calls += len(calls)
         return [
             part.model_copy(update={"note": note}) for part, note in zip(parts, notes, strict=True)
@@ -175,6 +226,10 @@ def _settings(conversation: Conversation, given: ModelSettings) -> ModelSettings
         settings["temperature"] = again
         settings["seed"] = settings.get("seed", 0) + len(steps)
     return settings
+
+
+def _seconds(deadline_s: float | None) -> float:
+    return math.inf if deadline_s is None else deadline_s
 
 
 def _refusal(parts: Sequence[ToolPart]) -> str | None:

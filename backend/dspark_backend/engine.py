@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -29,7 +30,7 @@ from dspark_backend.kernels import jit
 from dspark_backend.kv.contiguous import SequenceKV
 from dspark_backend.kv.pool import SequencePool
 from dspark_backend.loop import StepLoop
-from dspark_backend.request import StepOutcome, StepRequest
+from dspark_backend.request import StepOutcome, StepRequest, Urgency
 from dspark_backend.running import RunningStep
 from dspark_backend.scheduler import Limits
 from dspark_backend.session import Session
@@ -205,18 +206,38 @@ class Engine:
             RequestError: nothing to go on from, an id outside the vocabulary, or bad sampling.
             ContextLengthError: the session's log, the request and ``max_new_tokens`` together
                 exceed ``max_context``.
-            SessionClosedError: the session is closed or has a step in flight.
+            CapacityError: the step can never run: it is larger than ``kv_bytes``. One for which
+                the memory is not free now waits in the queue.
+            SessionClosedError: the session is closed or has a step in flight that is no prefill.
             EngineClosedError: the engine was closed.
         """
         with self.lock:
             self._check_open()
-            session.check_idle("take a step")
+            prefill = session.prefilling
+            if prefill is None:
+                session.check_idle("take a step")
             self._check(session, request)
             step = RunningStep(session, request, self.tokenizer, self.config.vocab_size, on_event)
+            if prefill is not None:
+                prefill.cancel()  # what it has not computed is part of the log that this one takes
             session.running = step
-            self._loop.queued.append(step)
+            session.expected_at = None
+            self._loop.submit(step)
             self._work.notify()
             return StepHandle(step)
+
+    def prefill(self, session: Session, tokens: Sequence[int]) -> StepHandle:
+        """Append ``tokens`` to the log and compute it in the background, when nobody more urgent
+        needs the model: for what is certain to follow, while a tool runs.
+
+        The next step takes over from a prefill that is not done (its handle ends with
+        ``cancelled``) and loses nothing; so does who cancels it: the tokens stay in the log.
+
+        Raises:
+            RequestError, ContextLengthError, SessionClosedError, EngineClosedError: as
+                :meth:`submit`.
+        """
+        return self.submit(session, StepRequest(tuple(tokens), 0, urgency=Urgency.BACKGROUND))
 
     def step(self, session: Session, request: StepRequest) -> StepOutcome:
         """Take a step and wait for it. Raises what :meth:`submit` and the step itself raise."""
@@ -226,7 +247,7 @@ class Engine:
         """Cancel what runs, free the memory, end the thread. Idempotent."""
         with self.lock:
             self._closing = True
-            for step in (*self._loop.queued, *self._loop.running):
+            for step in (*self._loop.waiting, *self._loop.running):
                 step.cancel()
             self._work.notify()
         if threading.current_thread() is not self._thread:
@@ -317,8 +338,12 @@ class Engine:
                 "the step has no tokens and all of its session's log is computed: "
                 "give at least one token, or roll one back"
             )
-        if request.max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens must be at least 1, not {request.max_new_tokens}")
+        if request.max_new_tokens < 0:
+            raise RequestError(f"max_new_tokens must not be negative: {request.max_new_tokens}")
+        if request.max_new_tokens == 0 and request.grammar is not None:
+            raise RequestError("a step of max_new_tokens 0 writes nothing: give it no grammar")
+        if request.deadline_s is not None and math.isnan(request.deadline_s):
+            raise RequestError("deadline_s is not a number of seconds")
         highest = max(request.tokens, default=0)
         if highest >= self.config.vocab_size or min(request.tokens, default=0) < 0:
             raise RequestError(
@@ -331,7 +356,7 @@ class Engine:
                 f"{request.max_new_tokens} to write), the context holds {self.max_context}: "
                 "ask for fewer, shorten the prompt, or load the engine with a larger max_context"
             )
-        self._pool.check_fits(needed)
+        self._loop.check_fits(needed)
         if request.grammar is not None and request.grammar.words != _words(self.config.vocab_size):
             raise RequestError(
                 f"the grammar was compiled for {request.grammar.words * 32} tokens, the model "

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dspark_backend.admission import Admission
 from dspark_backend.kernels import jit
 from dspark_backend.kv.contiguous import SequenceKV
 from dspark_backend.kv.pool import SequencePool
 from dspark_backend.request import FinishReason
 from dspark_backend.running import RunningStep
-from dspark_backend.scheduler import Limits, plan
+from dspark_backend.scheduler import Limits, plan, precedence, weight
 from dspark_backend.session import Session
 from dspark_backend.speculation.account import CycleAccount
 from dspark_backend.speculation.arbiter import Arbiter, Decision
@@ -28,6 +29,7 @@ from dspark_backend.speculation.cost import CostModel
 from dspark_backend.speculation.protocol import Drafter
 from dspark_backend.target.batch import Batch, Rows
 from dspark_backend.target.decoder import Decoder, Pass
+from dspark_backend.waiting import WaitingLine
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ class StepLoop:
     ) -> None:
         """``cost`` learns from every cycle; ``retire`` takes a session that was closed while its
         step ran."""
-        self.queued: list[RunningStep] = []
+        self.waiting: WaitingLine[RunningStep] = WaitingLine()
         self.running: list[RunningStep] = []
         self._decoder = decoder
         self._pool = pool
@@ -63,11 +65,21 @@ class StepLoop:
         self._cost = cost
         self._copied = CopyAcceptance()
         self._cycle = _Cycle()
+        self._admission = Admission(pool, 0 if drafter is None else drafter.block_size)
         self._retire = retire
 
     @property
     def idle(self) -> bool:
-        return not (self.queued or self.running)
+        return not (self.waiting or self.running)
+
+    def submit(self, step: RunningStep) -> None:
+        """Queue ``step``."""
+        step.weight = weight(step.request.urgency)
+        self.waiting.add(step, step.request.urgency, step.due)
+
+    def check_fits(self, positions: int) -> None:
+        """Raises CapacityError when a step that ends with so many positions can never run."""
+        self._admission.check_fits(positions)
 
     def schedule(self, live: Sequence[Session]) -> list[tuple[RunningStep, Rows]]:
         """Who takes part in the next pass, and with which tokens."""
@@ -81,7 +93,11 @@ class StepLoop:
         self._sweep()
         self._budget()
         chosen = []
-        counts = plan([step.base_rows for step in self.running], self._limits)
+        order = [
+            precedence(step.request.urgency, step.due, place)
+            for place, step in enumerate(self.running)
+        ]
+        counts = plan([step.base_rows for step in self.running], self._limits, order)
         for step, committed in zip(self.running, counts, strict=True):
             if not committed:
                 continue
@@ -90,7 +106,8 @@ class StepLoop:
             count = committed + (len(step.block.tokens) if committed == step.base_rows else 0)
             self._guarded(step, partial(self._pool.reserve, kv, kv.length + count))
             if not step.finished:
-                wanted = 1 + len(step.block.tokens) if count == step.pending else 0
+                whole = count == step.pending and not step.is_prefill
+                wanted = 1 + len(step.block.tokens) if whole else 0
                 chosen.append((step, Rows(kv, step.rows(count), wanted)))
         self._sweep()
         return chosen
@@ -128,24 +145,27 @@ class StepLoop:
         self._sweep()
 
     def _drop_cancelled(self) -> None:
-        for step in (*self.queued, *self.running):
+        waiting = [step for step in self.waiting if step.cancelled]
+        for step in waiting:
+            self.waiting.remove(step)
+        for step in (*waiting, *self.running):
             if step.cancelled:
                 self._guarded(step, partial(step.finish, FinishReason.CANCELLED))
-        self.queued = [step for step in self.queued if not step.finished]
         self._sweep()
 
     def _admit(self, live: Sequence[Session]) -> None:
-        while self.queued and len(self.running) < self._limits.running:
-            step = self.queued.pop(0)
-            self._guarded(step, partial(self._start, step, live))
+        """Admit who is next while there is room; nobody passes a step that waits for memory."""
+        while len(self.running) < self._limits.running:
+            step = self.waiting.next
+            if step is None or not self._admission.make_room(step, live):
+                return
+            self.waiting.take()
+            self._guarded(step, partial(self._start, step))
             if not step.finished:
                 self.running.append(step)
 
-    def _start(self, step: RunningStep, live: Sequence[Session]) -> None:
-        session = step.session
-        if session.kv.length == 0:
-            others = [(other.log, other.kv) for other in live if other is not session]
-            self._pool.reuse(session.kv, session.log, others)
+    def _start(self, step: RunningStep) -> None:
+        self._admission.fill(step)
         step.admit()
         step.begin()
 
@@ -288,7 +308,7 @@ class StepLoop:
         except Exception as error:
             if not step.finished:
                 step.fail(error)
-        if step.finished and step.session.closed:
+        if step.finished and step.session.closed and step.session.running is None:
             self._retire(step.session)
 
     def _sweep(self) -> None:

@@ -23,6 +23,18 @@ class StepKind(StrEnum):
     MIXED = "mixed"
 
 
+class Urgency(StrEnum):
+    """Who waits for a step: a hint for the scheduler, never a change of the output.
+
+    ``critical``: it is on the critical path of other work. ``interactive``: somebody waits for it.
+    ``background``: nobody waits for it now.
+    """
+
+    CRITICAL = "critical"
+    INTERACTIVE = "interactive"
+    BACKGROUND = "background"
+
+
 class ForcedMode(StrEnum):
     """How tokens that a grammar determines are taken (DSPARK.md, section 6).
 
@@ -89,6 +101,10 @@ class StepRequest:
     the text; ``stop_token_ids`` come on top of the model's own end-of-turn tokens (unless
     ``ignore_eos``). The end-of-turn token of ``grammar`` ends the step in any case. With
     ``explain`` the outcome holds an account of every cycle.
+
+    ``max_new_tokens`` 0 computes ``tokens`` and writes nothing: see :meth:`Engine.prefill`.
+    ``urgency`` and ``deadline_s`` (seconds from submission) are hints of who goes first among
+    many; a step past its deadline goes on.
     """
 
     tokens: tuple[int, ...]
@@ -101,6 +117,8 @@ class StepRequest:
     ignore_eos: bool = False
     kind: StepKind = StepKind.TEXT
     explain: bool = False
+    urgency: Urgency = Urgency.INTERACTIVE
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ state, sampler and text advance together.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -66,6 +67,8 @@ class RunningStep:
         """Of the cycle under way, where the request asks to explain; what it brought is added."""
         self._accounts: list[CycleAccount] = []
         self.finished = False
+        self.weight = 1.0
+        """What a token of this step is worth beside one of another."""
         self.events: queue.SimpleQueue[StepEvent] = queue.SimpleQueue()
         self.over = threading.Event()
         """Set when the last event is in the queue."""
@@ -73,6 +76,8 @@ class RunningStep:
         self._callback_error: Exception | None = None
         self._cancelled = threading.Event()
         self._submitted = time.perf_counter()
+        self.due = math.inf if request.deadline_s is None else self._submitted + request.deadline_s
+        """When the step should be over, on the clock of ``time.perf_counter``."""
         self._admitted = False
         self._prefilling = True
         self._stops = StopStrings(request.stop)
@@ -115,14 +120,19 @@ class RunningStep:
         return self.request.kind
 
     @property
-    def weight(self) -> float:
-        """What a token of this step is worth beside one of another."""
-        return 1.0
-
-    @property
     def rejects(self) -> bool:
         """Whether its drafts are sampled and judged by rejection sampling."""
         return self._sampler.rejects
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether the step only computes its tokens and writes nothing."""
+        return self.request.max_new_tokens == 0
+
+    @property
+    def admitted(self) -> bool:
+        """Whether the step has left the queue."""
+        return self._admitted
 
     @property
     def cancelled(self) -> bool:
@@ -218,6 +228,8 @@ class RunningStep:
                 self._prefilling = False
                 cached = self.metrics.prefill_cached_tokens
                 self._emit(Prefilled(self.metrics.prefill_new_tokens, cached))
+                if self.is_prefill:
+                    self.finish(FinishReason.LENGTH)
         else:
             self.metrics.decode_s += seconds
 
@@ -255,7 +267,7 @@ class RunningStep:
         self._account()
         self._close_account()
         self.finished = True
-        new = tuple(self.session.log[self._start :])
+        new = tuple(self.session.log[self._start : self._start + self.new_tokens])
         text = "".join(self._text)
         outcome = StepOutcome(new, text, reason, self.metrics, tuple(self._accounts))
         self._release()
@@ -272,7 +284,8 @@ class RunningStep:
 
     @property
     def new_tokens(self) -> int:
-        return len(self.session.log) - self._start
+        # What follows a prefill in the log is the next step's.
+        return 0 if self.is_prefill else len(self.session.log) - self._start
 
     # -- the rules ---------------------------------------------------------------------------
 
@@ -354,7 +367,9 @@ class RunningStep:
 
     def _release(self) -> None:
         self.block = Block()
-        self.session.running = None
+        if self.session.running is self:  # a step may have taken over from a prefill
+            self.session.running = None
+            self.session.idle_since = time.monotonic()
 
     def _emit(self, event: StepEvent) -> None:
         self.events.put(event)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -41,6 +42,8 @@ class Session:
         self.kv = kv
         self.running: RunningStep | None = None
         self._copies: CopyProposer | None = None
+        self.idle_since = time.monotonic()
+        self.expected_at: float | None = None
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -65,6 +68,17 @@ class Session:
     @property
     def closed(self) -> bool:
         return self._closed
+
+    def expect_return(self, seconds: float) -> None:
+        """Say that the next step is about ``seconds`` away, as when a tool has started.
+
+        A hint: where memory is short, the session that returns last gives its keys and values up
+        first (they are computed again then). Raises RequestError if ``seconds`` is negative.
+        """
+        if not seconds >= 0.0:
+            raise RequestError(f"a session returns in 0 seconds or more, not {seconds}")
+        with self._owner.lock:
+            self.expected_at = time.monotonic() + seconds
 
     def fork(self) -> Session:
         """A session with the same log and a copy of the computed keys and values.
@@ -107,6 +121,14 @@ class Session:
             if self.running is not None:
                 self.running.cancel()
             self._owner.closed(self)
+
+    @property
+    def prefilling(self) -> RunningStep | None:
+        """The prefill in flight, if the session is open and that is all it does."""
+        running = self.running
+        if self._closed or running is None or not running.is_prefill:
+            return None
+        return running
 
     def check_idle(self, purpose: str) -> None:
         """Raises SessionClosedError unless the session is open and no step is in flight."""

@@ -198,6 +198,7 @@ def cost(
     err().print(f"[note]wrote {plot}[/]")
 
 
+@app.command()
 def simulate(
     json_file: Json,
     curve: Annotated[

@@ -265,6 +265,28 @@ def test_fork_rollback_and_prefix_hits_bring_the_draft_context_along(
         assert outcome.metrics.accepted["script"] >= 20
 
 
+def test_a_prefill_and_an_eviction_bring_the_draft_context_along(
+    plain: Engine, speculative: Callable[..., Speculative]
+) -> None:
+    fast = speculative()
+    text = expected(plain, request(), fast.drafter)
+    fast.drafter.right = lambda position: BLOCK
+    prompt = request().tokens
+    with fast.engine.open_session() as session:
+        fast.engine.prefill(session, prompt[:-1]).result(30)
+        assert session.cached_tokens == len(prompt) - 1
+        rest = StepRequest(prompt[-1:], 40, ignore_eos=True)
+        assert fast.engine.step(session, rest).token_ids == text
+        session.rollback(len(text) + 1)
+        with fast.engine.lock:  # as admission does where memory is short
+            session.kv.truncate(0)
+            session.kv.trim()
+        outcome = fast.engine.step(session, rest)
+    assert outcome.token_ids == text
+    assert outcome.metrics.prefill_cached_tokens == 0
+    assert outcome.metrics.accepted["script"] > 20
+
+
 def test_cancel_inside_a_block_leaves_a_usable_session(
     plain: Engine, speculative: Callable[..., Speculative]
 ) -> None:
