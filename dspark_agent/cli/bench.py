@@ -34,10 +34,18 @@ class Switch(StrEnum):
 class DecodePeerName(StrEnum):
     TRANSFORMERS = "transformers"
     LLAMA_CPP = "llama-cpp"
+    PLAIN = "plain"
+    FIXED = "fixed"
+    THRESHOLD = "threshold"
+    PREFIX_THROUGHPUT = "prefix_throughput"
 
 
 class StepsPeerName(StrEnum):
     LLAMA_CPP = "llama-cpp"
+    PLAIN = "plain"
+    FIXED = "fixed"
+    THRESHOLD = "threshold"
+    PREFIX_THROUGHPUT = "prefix_throughput"
 
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Known name, path or hub id.")]
@@ -51,6 +59,9 @@ Drafter = Annotated[
     typer.Option(
         exists=True, file_okay=False, help="Drafter's folder; the one that ships when left out."
     ),
+]
+Policy = Annotated[
+    str | None, typer.Option(help="Budget policy, such as step_aware (the default) or fixed-4.")
 ]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="For all contenders; all usable cores when left out.")
@@ -72,6 +83,7 @@ def decode(
     seed: Annotated[int, typer.Option(help="Keys the noise of sampling.")] = 0,
     speculation: Speculation = Switch.OFF,
     drafter: Drafter = None,
+    policy: Policy = None,
     precision: Precision = None,
     threads: Threads = None,
     peer: Annotated[
@@ -97,6 +109,7 @@ def decode(
             peers=tuple(name.value for name in peer or ()),
             speculation=speculation is Switch.ON,
             drafter=drafter,
+            policy=policy,
         ),
     )
     _writable(json_file)
@@ -116,11 +129,15 @@ def steps(
     limit: Limit = None,
     speculation: Speculation = Switch.OFF,
     drafter: Drafter = None,
+    policy: Policy = None,
     precision: Precision = None,
     threads: Threads = None,
     peer: Annotated[
         list[StepsPeerName] | None, typer.Option(help="Run beside ours; may be repeated.")
     ] = None,
+    explain: Annotated[
+        bool, typer.Option(help="Account for every cycle; prints the step with the most.")
+    ] = False,
 ) -> None:
     """Seconds of every step of recorded agent runs."""
     from dspark_backend.bench.jsonl import shipped
@@ -132,18 +149,25 @@ def steps(
         model=model,
         trace=shipped("traces", trace),
         limit=limit,
+        explain=explain,
         terms=Terms(
             precision=precision,
             threads=threads,
             peers=tuple(name.value for name in peer or ()),
             speculation=speculation is Switch.ON,
             drafter=drafter,
+            policy=policy,
         ),
     )
     _writable(json_file)
     with model_bars() as downloads, _counter("steps") as counted:
         report = run_steps(settings, progress=downloads, on_step=counted)
     out().print(steps_table(report))
+    if explain:
+        from dspark_backend.bench.explain import explain_table
+        from dspark_backend.catalog import resolve
+
+        out().print(explain_table(report, resolve(model).tokenizer()))
     _write(report, json_file)
 
 
@@ -177,6 +201,7 @@ def cost(
     model: Model,
     json_file: Json,
     drafter: Drafter = None,
+    policy: Policy = None,
     precision: Precision = None,
     threads: Threads = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="For the table's repetitions.")] = 10.0,
