@@ -118,7 +118,7 @@ def test_a_text_that_is_repeated_is_copied(plain: Engine, fast: Engine) -> None:
     request = StepRequest(tuple(plain.dialect.render_start(chat, [])), 60)
     (expected,), (outcome,) = together(plain, [request]), together(fast, [request])
     assert outcome.token_ids == expected.token_ids
-    assert outcome.metrics.accepted.get("copy", 0) > 10
+    assert outcome.metrics.accepted.get("copy", 0) > 4
     assert outcome.metrics.cycles < expected.metrics.cycles / 2
 
 
