@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dspark_agent.agent import Agent
+from dspark_agent.concurrency import fan_out
 from dspark_agent.context import RunContext
+from dspark_agent.delegation import Handoff
 from dspark_agent.errors import (
     ContextLengthError,
     DeadlineExceeded,
@@ -83,6 +85,7 @@ __all__ = [
     "FinishReason",
     "FunctionModel",
     "FunctionToolset",
+    "Handoff",
     "History",
     "JsonSchema",
     "Model",
@@ -133,6 +136,7 @@ __all__ = [
     "UsageLimits",
     "UserError",
     "UserPromptPart",
+    "fan_out",
     "infer_model",
     "tool",
 ]

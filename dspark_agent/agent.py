@@ -26,6 +26,7 @@ from typing_extensions import Unpack
 from dspark_agent.context import DepsT, RunContext
 from dspark_agent.core import Core
 from dspark_agent.declaration import Declaration
+from dspark_agent.delegation import DelegateOptions, Handoff, agent_as_tool
 from dspark_agent.errors import UserError
 from dspark_agent.history import History
 from dspark_agent.limits import UsageLimits
@@ -57,7 +58,9 @@ class RunOptions(TypedDict, Generic[DepsT], total=False):
 
     ``deps``: what tools find in ``ctx.deps``. ``message_history``: messages or a History to go on
     from. ``limits``: instead of the agent's. ``model`` and ``model_settings``: instead of, and
-    over, the agent's. ``on_event``: called (and awaited) with every event.
+    over, the agent's. ``on_event``: called (and awaited) with every event. ``parent``: the
+    context of the run that this one is part of, inside a tool: its limits, deadline and
+    cancellation hold here too, and what is used here counts there.
     """
 
     deps: DepsT
@@ -66,6 +69,7 @@ class RunOptions(TypedDict, Generic[DepsT], total=False):
     model: Model | str | None
     model_settings: ModelSettings | None
     on_event: EventHandler | None
+    parent: RunContext[Any] | None
 
 
 class Agent(Generic[DepsT, OutT]):
@@ -204,6 +208,21 @@ class Agent(Generic[DepsT, OutT]):
         self._declaration.validators.append(function)
         return function
 
+    # -- at the service of others --------------------------------------------------------------
+
+    def as_tool(self, *, description: str, **options: Unpack[DelegateOptions]) -> Tool[Any]:
+        """This agent as a tool of another: a prompt in, its output out.
+
+        Each call is a run of its own that is part of the caller's: the caller's limits, deadline
+        and cancellation hold for it, what it uses counts there, and it gets the caller's deps (if
+        it takes any). Where it comes to no answer (refused outputs, limits of its own), the
+        caller's model is told so; the caller's own limits end the caller's run.
+
+        ``description`` says to the caller's model what it is for. The other options are those of
+        :class:`Tool`; ``name`` is the agent's own by default.
+        """
+        return agent_as_tool(self, description, options)
+
     # -- running -------------------------------------------------------------------------------
 
     @overload
@@ -304,15 +323,21 @@ class Agent(Generic[DepsT, OutT]):
         model: Model | str | None = None,
         model_settings: ModelSettings | None = None,
         on_event: EventHandler | None = None,
+        parent: RunContext[Any] | None = None,
     ) -> Session[DepsT, OutT]:
         """A conversation of typed steps: ``async with agent.session() as s: await s.step("...")``.
 
-        ``limits`` hold over the whole of the session; the agent's by default.
+        ``limits`` hold over the whole of the session; the agent's by default. The other keywords
+        are those of :class:`RunOptions`.
         """
-        core = self._core(
-            {"model": model, "model_settings": model_settings, "on_event": on_event, "deps": deps},
-            limits=limits or self._declaration.limits,
-        )
+        options: RunOptions[Any] = {
+            "model": model,
+            "model_settings": model_settings,
+            "on_event": on_event,
+            "deps": deps,
+            "parent": parent,
+        }
+        core = self._core(options, limits=limits or self._declaration.limits)
         return Session(core, History.of(history))
 
     @asynccontextmanager
@@ -321,12 +346,18 @@ class Agent(Generic[DepsT, OutT]):
     ) -> AsyncIterator[AgentRun[DepsT, Any]]:
         core = self._core(options, limits=None)
         limits = options.get("limits") or self._declaration.limits or UsageLimits()
+
+        def successor(handoff: Handoff[DepsT]) -> Core[Any]:
+            return handoff.agent._core(options, limits=None)
+
+        run: AgentRun[DepsT, Any] | None = None
         try:
             with core.work(limits) as work:
                 await core.open(History.of(options.get("message_history")))
-                yield AgentRun(core, work, prompt, output_type)
+                run = AgentRun(core, work, prompt, output_type, successor)
+                yield run
         finally:
-            await core.close()
+            await (core if run is None else run.core).close()
 
     def _core(self, options: RunOptions[Any], *, limits: UsageLimits | None) -> Core[DepsT]:
         model = options.get("model")
@@ -337,6 +368,7 @@ class Agent(Generic[DepsT, OutT]):
             settings=options.get("model_settings"),
             limits=limits,
             on_event=options.get("on_event"),
+            parent=options.get("parent"),
         )
 
     # -- closing -------------------------------------------------------------------------------

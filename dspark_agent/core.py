@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
-from typing import Any, Generic
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Generic
 
 import anyio
 
@@ -23,6 +23,9 @@ from dspark_agent.relay import EventHandler
 from dspark_agent.settings import ModelSettings
 from dspark_agent.step import UNSET, StepPlan, StepResult
 from dspark_agent.turn import TurnTaker, call_with_ctx
+
+if TYPE_CHECKING:
+    from dspark_agent.session import Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class Core(Generic[DepsT]):
         settings: ModelSettings | None = None,
         limits: UsageLimits | None = None,
         on_event: EventHandler | None = None,
+        parent: RunContext[Any] | None = None,
     ) -> None:
         declaration.check_deps(deps)
         self.declaration = declaration
@@ -55,8 +59,9 @@ class Core(Generic[DepsT]):
         self.on_event = on_event
         self.runner = declaration.runner()
         self.conversation = Conversation()
-        self.usage = RunUsage()
-        self._budgets: tuple[Budget, ...] = ()
+        self.usage = RunUsage.part_of(None if parent is None else parent.usage)
+        self._parent = parent
+        self._budgets: tuple[Budget, ...] = () if parent is None else parent.budgets
         self._model_session: ModelSession | None = None
         self._token_log: tuple[int, ...] | None = None
         self._busy = False
@@ -70,28 +75,64 @@ class Core(Generic[DepsT]):
         token_log = history.token_log if resumes else None
         model_session = await self.model.open(widest, token_log=token_log)
         sent = history.logged_messages if resumes else 0
-        self._start(model_session, Conversation(messages=list(history.messages), sent=sent))
+        conversation = Conversation(messages=list(history.messages), sent=sent)
+        self._start(model_session, conversation, self.limits)
 
-    async def fork(self) -> Core[DepsT]:
-        """An independent copy of the conversation, which shares the model's work so far."""
+    async def take_over(self, other: Core[Any], work: Work) -> None:
+        """Open with the conversation of another agent, under this agent's instructions, and count
+        in that conversation's account."""
+        self.usage = other.usage
+        first, *rest = other.conversation.messages
+        said = [part for part in first.parts if not isinstance(part, SystemPromptPart)]
+        parts = (*await self.instructions(work), *said)
+        begin = [first.model_copy(update={"parts": parts})] if parts else []
+        await self.open(History(messages=(*begin, *rest)))
+        self.conversation.steps = list(other.conversation.steps)
+
+    async def fork(self, *, shares_limits: bool = False) -> Core[DepsT]:
+        """An independent copy of the conversation, which shares the model's work so far; with
+        ``shares_limits``, what it uses counts here, under the limits that are in force here."""
         with self._exclusive():
             model_session = await self.model_session.fork()
-        child = Core(
+        if shares_limits:
+            child = self._sibling(self.context(Work(self._budgets, self._inherited())))
+            child._start(model_session, self.conversation.copy(), None)
+        else:
+            child = self._sibling(self._parent)
+            child._start(model_session, self.conversation.copy(), self.limits)
+        return child
+
+    async def _branch(
+        self, ctx: RunContext[DepsT], before: Conversation, model_mark: object
+    ) -> Core[DepsT]:
+        """A fork in the middle of a step: the conversation as it was before, as part of ``ctx``."""
+        model_session = await self.model_session.fork()
+        await model_session.rollback(model_mark)
+        child = self._sibling(ctx)
+        child._start(model_session, before.copy(), None)
+        return child
+
+    def _sibling(self, parent: RunContext[Any] | None) -> Core[DepsT]:
+        return Core(
             self.declaration,
             self.model,
             deps=self.deps,
             settings=self.settings,
             limits=self.limits,
             on_event=self.on_event,
+            parent=parent,
         )
-        child._start(model_session, self.conversation.copy())
-        return child
 
-    def _start(self, model_session: ModelSession, conversation: Conversation) -> None:
+    def _start(
+        self,
+        model_session: ModelSession,
+        conversation: Conversation,
+        limits: UsageLimits | None,
+    ) -> None:
         self._model_session = model_session
         self.conversation = conversation
-        if self.limits is not None:
-            self._budgets = (Budget.begin(self.limits, self.usage),)
+        if limits is not None:
+            self._budgets = (*self._budgets, Budget.begin(limits, self.usage))
 
     async def close(self) -> None:
         """Free the model's side; the history stays readable. Idempotent."""
@@ -138,7 +179,7 @@ class Core(Generic[DepsT]):
 
     @contextmanager
     def work(self, limits: UsageLimits | None, outer: Work | None = None) -> Iterator[Work]:
-        """Work under ``limits``, within those of ``outer`` (or the session's).
+        """Work under ``limits``, within those of ``outer`` (or the session's, or the parent's).
 
         Raises:
             DeadlineExceeded: the deadline passed inside.
@@ -148,13 +189,18 @@ class Core(Generic[DepsT]):
         if limits is not None:
             budgets = (*budgets, Budget.begin(limits, self.usage))
         with anyio.CancelScope(deadline=budget.deadline(budgets)) as scope:
-            cancellation = Cancellation(scope) if outer is None else outer.cancellation
+            around = self._inherited() if outer is None else outer.cancellation
+            own = around.scope is None  # nothing runs around this: cancelling ends this
+            cancellation = Cancellation(scope) if own else around
             yield Work(budgets, cancellation)
-        if outer is None and cancellation.reason is not None:
+        if own and cancellation.reason is not None:
             raise RunCancelled(cancellation.reason)
         if scope.cancelled_caught:
             first = min(budgets, key=lambda b: b.deadline)
             raise DeadlineExceeded(first.limits.wall_seconds or 0.0)
+
+    def _inherited(self) -> Cancellation:
+        return Cancellation() if self._parent is None else self._parent.cancellation
 
     @asynccontextmanager
     async def whole_or_not_at_all(self) -> AsyncIterator[None]:
@@ -218,6 +264,7 @@ class Core(Generic[DepsT]):
             max_retries=self.declaration.output_retries,
             deadline=budget.deadline(work.budgets),
             cancellation=work.cancellation,
+            budgets=work.budgets,
         )
 
     async def ask(self, prompt: str | None, work: Work) -> None:
@@ -232,25 +279,36 @@ class Core(Generic[DepsT]):
                 "or leave the last response out"
             )
         if not self.conversation.messages:
-            texts = [
-                text if isinstance(text, str) else await call_with_ctx(text, self.context(work))
-                for text in self.declaration.instructions
-            ]
-            system = "\n\n".join(text for text in texts if text)
-            if system:
-                self.conversation.ask(SystemPromptPart(content=system))
+            self.conversation.ask(*await self.instructions(work))
         if prompt is not None:
             self.conversation.ask(UserPromptPart(content=prompt))
         elif not self.conversation.has_news:
             raise UserError("nothing to answer: the model had the last word; give a prompt")
 
+    async def instructions(self, work: Work) -> list[SystemPromptPart]:
+        """The agent's instructions as they are now: one part, or none."""
+        texts = [
+            text if isinstance(text, str) else await call_with_ctx(text, self.context(work))
+            for text in self.declaration.instructions
+        ]
+        system = "\n\n".join(text for text in texts if text)
+        return [SystemPromptPart(content=system)] if system else []
+
     async def take(self, plan: StepPlan, work: Work, attempt: int) -> StepResult[Any]:
         """One turn: see :meth:`TurnTaker.take`."""
         taker = TurnTaker(self.model_session, self.runner, self.on_event, self.usage)
+        ctx = self.context(work)
+        before, model_mark = self.conversation.copy(), self.model_session.mark()
+
+        async def fork() -> Session[DepsT, Any]:
+            from dspark_agent.session import Session  # which is made of cores
+
+            return Session(await self._branch(ctx, before, model_mark), History())
+
         return await taker.take(
             self.conversation,
             plan,
-            ctx=self.context(work),
+            ctx=replace(ctx, forker=fork),
             budgets=work.budgets,
             attempt=attempt,
         )

@@ -5,6 +5,11 @@ Every message says what was wrong, where, and what to do about it.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dspark_agent.limits import UsageLimits
+
 
 class DSparkError(Exception):
     """Root of everything the SDK raises on purpose."""
@@ -80,9 +85,12 @@ class ToolRetriesExceeded(UnexpectedModelBehavior):
 
 
 class UsageLimitExceeded(DSparkError):  # noqa: N818 - the name pydantic-ai's users know
-    """A limit of :class:`~dspark_agent.UsageLimits` was reached; ``limit_name`` says which."""
+    """A limit of :class:`~dspark_agent.UsageLimits` was reached; ``limit_name`` says which, and
+    ``limits`` is the object it belongs to."""
 
-    def __init__(self, limit_name: str, *, limit: int, used: int) -> None:
+    def __init__(
+        self, limit_name: str, *, limit: int, used: int, limits: UsageLimits | None = None
+    ) -> None:
         super().__init__(
             f"{limit_name} of {limit} reached (next would be {used}); raise it in UsageLimits, "
             "or narrow the steps"
@@ -90,6 +98,7 @@ class UsageLimitExceeded(DSparkError):  # noqa: N818 - the name pydantic-ai's us
         self.limit_name = limit_name
         self.limit = limit
         self.used = used
+        self.limits = limits
 
 
 class DeadlineExceeded(DSparkError):  # noqa: N818 - reads as the event it reports

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -10,10 +10,11 @@ from typing_extensions import TypeVar
 
 from dspark_agent.context import DepsT
 from dspark_agent.core import Core, Work
+from dspark_agent.delegation import Handoff
 from dspark_agent.errors import UserError
 from dspark_agent.history import History
 from dspark_agent.limits import RunUsage, UsageLimits
-from dspark_agent.messages import ModelRequest, ModelResponse
+from dspark_agent.messages import ModelRequest, ModelResponse, ToolReturnPart
 from dspark_agent.settings import ModelSettings
 from dspark_agent.step import UNSET, StepResult, Unset
 
@@ -25,7 +26,8 @@ class RunResult(Generic[OutT_co]):
     """What a run came to.
 
     ``usage`` is what it used; ``steps`` its model turns, each with its metrics; ``history`` the
-    whole conversation, to go on from.
+    whole conversation, to go on from. ``agent_name`` says whose output it is: the agent's, or that
+    of the one it was handed over to last.
     """
 
     output: OutT_co
@@ -33,6 +35,7 @@ class RunResult(Generic[OutT_co]):
     steps: tuple[StepResult[Any], ...]
     history: History
     new_from: int
+    agent_name: str = ""
 
     def all_messages(self) -> list[ModelRequest | ModelResponse]:
         """The whole conversation, the history that the run started from included."""
@@ -50,9 +53,15 @@ class AgentRun(Generic[DepsT, OutT_co]):
     """
 
     def __init__(
-        self, core: Core[DepsT], work: Work, prompt: str | None, output_type: Any = UNSET
+        self,
+        core: Core[DepsT],
+        work: Work,
+        prompt: str | None,
+        output_type: Any = UNSET,
+        successor: Callable[[Handoff[DepsT]], Core[Any]] | None = None,
     ) -> None:
         self._core = core
+        self._successor = successor
         self._work = work
         self._prompt = prompt
         self._output_type = output_type
@@ -67,6 +76,11 @@ class AgentRun(Generic[DepsT, OutT_co]):
     def is_done(self) -> bool:
         """Whether a step gave the output."""
         return self._output is not UNSET
+
+    @property
+    def core(self) -> Core[DepsT]:
+        """The conversation of the agent that is at work now."""
+        return self._core
 
     @property
     def steps(self) -> tuple[StepResult[Any], ...]:
@@ -89,6 +103,7 @@ class AgentRun(Generic[DepsT, OutT_co]):
             steps=self.steps,
             history=core.history(),
             new_from=self._first_message,
+            agent_name=core.declaration.name,
         )
 
     def __aiter__(self) -> AsyncIterator[StepResult[OutT_co]]:
@@ -137,4 +152,33 @@ class AgentRun(Generic[DepsT, OutT_co]):
         refused = result.retry_reason is not None and not result.tool_calls
         self._attempt = self._attempt + 1 if refused else 1
         self._output = result.value
+        for handoff in _handoffs(core, result)[:1]:
+            await self._hand_over(handoff)
         return result
+
+    async def _hand_over(self, handoff: Handoff[DepsT]) -> None:
+        if self._successor is None:
+            raise UserError(
+                f"{handoff.name}: a session stays with its agent; hand over in Agent.run instead"
+            )
+        before = self._core
+        after = self._successor(handoff)
+        try:
+            await after.take_over(before, self._work)
+        except BaseException:
+            await after.close()
+            raise
+        self._core = after
+        gone = len(before.conversation.messages) - len(after.conversation.messages)
+        self._first_message = max(0, self._first_message - gone)
+        await before.close()
+
+
+def _handoffs(core: Core[DepsT], result: StepResult[Any]) -> list[Handoff[DepsT]]:
+    """The handoffs that were called in a step and went through, in order."""
+    tools = [core.runner.tools.get(call.tool_name) for call in result.tool_calls]
+    return [
+        tool
+        for tool, part in zip(tools, result.tool_results, strict=bool(result.tool_results))
+        if isinstance(tool, Handoff) and isinstance(part, ToolReturnPart)
+    ]

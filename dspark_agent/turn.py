@@ -54,12 +54,13 @@ class TurnTaker(Generic[DepsT]):
         began = time.perf_counter()
         index = len(conversation.steps)
         relay = EventRelay(self.handler, index, plan.output)
-        budget.check_request(budgets, self.usage)
+        budget.check_request(budgets)
+        self.usage.count_request()
         turn = self._turn(conversation, plan, budgets)
         await relay.send(StepStart(index, plan.kind, attempt))
         response = await self.model.step(conversation.unsent, turn, relay.on_model)
         conversation.heard(response)
-        self.usage.add_turn(response.usage)
+        self.usage.count_tokens(response.usage)
         ctx = replace(ctx, messages=tuple(conversation.messages))
 
         value: Any = UNSET
@@ -98,7 +99,7 @@ class TurnTaker(Generic[DepsT]):
         if plan.needs_call and not tools:
             tools = plan.tools  # the step's only way on stays open
         settings = _settings(conversation, plan.settings)
-        limit = budget.output_tokens_left(budgets, self.usage)
+        limit = budget.output_tokens_left(budgets)
         if limit is not None:
             settings["max_tokens"] = min(limit, settings.get("max_tokens", limit))
         return replace(replace(plan, tools=tools).turn, settings=settings)
@@ -113,7 +114,8 @@ class TurnTaker(Generic[DepsT]):
         relay: EventRelay,
     ) -> list[ToolPart]:
         calls = response.tool_calls
-        budget.check_tool_calls(budgets, self.usage, len(calls))
+        budget.check_tool_calls(budgets, len(calls))
+        self.usage.count_tool_calls(len(calls))
         notes = conversation.repeats.record(calls)
 
         async def on_result(index: int, part: ToolPart, seconds: float) -> None:
@@ -127,7 +129,6 @@ class TurnTaker(Generic[DepsT]):
             count=conversation.retries,
             on_result=on_result,
         )
-        self.usage.tool_calls += len(calls)
         return [
             part.model_copy(update={"note": note}) for part, note in zip(parts, notes, strict=True)
         ]
