@@ -51,6 +51,34 @@ class ModelHTTPError(ModelError):
         self.body = body
 
 
+class MCPError(DSparkError):
+    """An MCP server refused a request or failed; the root of its errors.
+
+    ``server`` names it; ``code`` is the JSON-RPC code of a refusal, None for anything else.
+    """
+
+    def __init__(self, server: str, message: str, *, code: int | None = None) -> None:
+        super().__init__(f"MCP server {server!r}: {message}")
+        self.server = server
+        self.code = code
+
+
+class MCPConnectionError(MCPError):
+    """The server could not be started or reached, died, or did not answer in time."""
+
+
+class MCPProtocolError(MCPError):
+    """The server's answer is not what the protocol, or its own schema, says it is."""
+
+
+class MCPOutputTooLarge(MCPError):  # noqa: N818 - reads as the event it reports
+    """A result was longer than ``max_output_chars``; it was dropped, not cut."""
+
+
+class MCPToolChangedError(MCPError):
+    """A tool is not what was approved: its definition has changed, or it is gone."""
+
+
 class UnexpectedModelBehavior(DSparkError):  # noqa: N818 - the name pydantic-ai's users know
     """The model did not do what the step asked for, after every retry."""
 
