@@ -15,6 +15,7 @@ import mcp_types as types
 from pydantic import ValidationError
 
 from dspark_agent.errors import DSparkError, MCPConnectionError, MCPError, MCPProtocolError
+from dspark_agent.function_schema import validation_text
 
 T = TypeVar("T")
 ClientFactory = Callable[[anyio.Event], mcp.Client]
@@ -144,7 +145,7 @@ class Connection:
                 self.server, f"{what}: {error.message} (code {error.code})", code=error.code
             ) from error
         except (ValidationError, RuntimeError) as error:
-            raise MCPProtocolError(self.server, f"{what}: {_first_lines(error)}") from error
+            raise MCPProtocolError(self.server, f"{what}: {_begin_of(error)}") from error
 
     def _opening_error(self, failure: Exception | None) -> DSparkError:
         error = _bare(failure)
@@ -153,7 +154,7 @@ class Connection:
         if isinstance(error, DSparkError):
             return error
         if isinstance(error, ValidationError):
-            wrong = MCPProtocolError(self.server, f"on connecting: {_first_lines(error)}")
+            wrong = MCPProtocolError(self.server, f"on connecting: {_begin_of(error)}")
             wrong.__cause__ = error
             return wrong
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -174,6 +175,6 @@ def _bare(error: Exception | None) -> BaseException | None:
     return found
 
 
-def _first_lines(error: Exception, limit: int = 500) -> str:
-    text = str(error)
+def _begin_of(error: Exception, limit: int = 500) -> str:
+    text = validation_text(error) if isinstance(error, ValidationError) else str(error)
     return text if len(text) <= limit else f"{text[:limit]}..."

@@ -91,13 +91,12 @@ def _checked(server: str, tool: mcp.Tool) -> RemoteTool:
             f"tool {tool.name!r} is described in {size} characters, more than "
             f"{MAX_DEFINITION_CHARS}; a model cannot read that in every conversation",
         )
-    where = f"tool {tool.name!r}: its inputSchema"
-    if tool.input_schema.get("type") != "object":
-        raise MCPProtocolError(server, f"{where} is not of type 'object'")
     try:
         JsonSchema(tool.input_schema)
     except SchemaError as error:
-        raise MCPProtocolError(server, f"{where} is no JSON Schema: {error}") from error
+        raise MCPProtocolError(
+            server, f"tool {tool.name!r}: its inputSchema is no JSON Schema: {error}"
+        ) from error
     return RemoteTool(tool.name, tool.description or "", _narrow(tool.input_schema), definition)
 
 

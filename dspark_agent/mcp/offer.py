@@ -15,10 +15,10 @@ from dspark_agent.errors import (
 )
 from dspark_agent.mcp.approvals import digest
 from dspark_agent.mcp.definitions import RemoteTool, exposed_name
+from dspark_agent.mcp.resources import MCPResource
 from dspark_agent.tools import Tool
 
 if TYPE_CHECKING:
-    from dspark_agent.mcp.resources import MCPResource
     from dspark_agent.mcp.server import MCPServer
 
 

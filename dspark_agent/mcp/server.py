@@ -91,6 +91,12 @@ class MCPServer(ABC):
     def _make_client(self, lost: anyio.Event, options: ClientOptions) -> mcp.Client:
         """A client that is not open yet, and sets ``lost`` when it finds its server gone."""
 
+    def _begin(self) -> None:  # noqa: B027 - most need nothing
+        """Get what clients need while the server is open."""
+
+    def _end(self) -> None:  # noqa: B027
+        """Let go of it."""
+
     def _last_words(self) -> str:
         """What the server said before it went, for errors."""
         return ""
@@ -108,13 +114,14 @@ class MCPServer(ABC):
             watch=self._catalogue.watch,
             describe=self._last_words,
         )
+        self._begin()
         group = anyio.create_task_group()
         await group.__aenter__()
         try:
             group.start_soon(connection.hold)
             await connection.client()
         except BaseException:
-            await _ended(group, connection)
+            await self._ended(group, connection)
             raise
         self._group, self._connection = group, connection
         return self
@@ -123,7 +130,15 @@ class MCPServer(ABC):
         group, connection = self._group, self._connection
         self._group = self._connection = None
         if group is not None and connection is not None:
-            await _ended(group, connection)
+            await self._ended(group, connection)
+
+    async def _ended(self, group: anyio.abc.TaskGroup, connection: Connection) -> None:
+        """Close the connection and wait for the task that holds it."""
+        connection.close()
+        try:
+            await group.__aexit__(None, None, None)
+        finally:
+            self._end()
 
     def _client_options(self) -> ClientOptions:
         options: ClientOptions = {
@@ -264,9 +279,3 @@ class MCPServer(ABC):
         text = contents_text((await self._request(what, send)).contents)
         check_size(self.name, what, text, self._max_output_chars)
         return text
-
-
-async def _ended(group: anyio.abc.TaskGroup, connection: Connection) -> None:
-    """Close the connection and wait for the task that holds it."""
-    connection.close()
-    await group.__aexit__(None, None, None)

@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from typing import IO, Any, Self, TextIO
+from typing import IO, Any, TextIO
 
 import anyio
 import mcp
@@ -54,22 +54,11 @@ class MCPServerStdio(MCPServer):
         self._stderr = stderr
         self._aside: IO[bytes] | None = None
 
-    async def __aenter__(self) -> Self:
+    def _begin(self) -> None:
         if self._stderr is None:
-            self._aside = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __aexit__
-        try:
-            return await super().__aenter__()
-        except BaseException:
-            self._close_aside()
-            raise
+            self._aside = tempfile.TemporaryFile()  # noqa: SIM115 - closed in _end
 
-    async def __aexit__(self, *exc_info: Any) -> None:
-        try:
-            await super().__aexit__(*exc_info)
-        finally:
-            self._close_aside()
-
-    def _close_aside(self) -> None:
+    def _end(self) -> None:
         if self._aside is not None:
             self._aside.close()
             self._aside = None
