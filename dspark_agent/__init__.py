@@ -14,6 +14,7 @@ from dspark_agent.errors import (
     ContextLengthError,
     DeadlineExceeded,
     DSparkError,
+    GuardrailTripped,
     ModelError,
     ModelHTTPError,
     ModelNotFoundError,
@@ -40,6 +41,8 @@ from dspark_agent.events import (
     ToolResult,
 )
 from dspark_agent.history import History
+from dspark_agent.hooks import Hooks
+from dspark_agent.json_schema import JsonSchema
 from dspark_agent.limits import RequestUsage, RunUsage, UsageLimits
 from dspark_agent.messages import (
     FinishReason,
@@ -58,7 +61,7 @@ from dspark_agent.metrics import StepMetrics
 from dspark_agent.models import infer_model
 from dspark_agent.models.base import Model, ModelSession, ModelTurn
 from dspark_agent.models.testing import FunctionModel, TestModel
-from dspark_agent.output import JsonSchema
+from dspark_agent.outputs import NativeOutput, PromptedOutput, TextOutput, ToolOutput
 from dspark_agent.run import AgentRun, RunResult
 from dspark_agent.session import Session
 from dspark_agent.settings import ModelSettings
@@ -83,7 +86,9 @@ __all__ = [
     "FinishReason",
     "FunctionModel",
     "FunctionToolset",
+    "GuardrailTripped",
     "History",
+    "Hooks",
     "JsonSchema",
     "Model",
     "ModelError",
@@ -97,9 +102,11 @@ __all__ = [
     "ModelSession",
     "ModelSettings",
     "ModelTurn",
+    "NativeOutput",
     "OpenAIModel",
     "OutputError",
     "PartialOutput",
+    "PromptedOutput",
     "RequestUsage",
     "RetryPromptPart",
     "RunCancelled",
@@ -117,6 +124,7 @@ __all__ = [
     "SystemPromptPart",
     "TestModel",
     "TextDelta",
+    "TextOutput",
     "TextPart",
     "Tool",
     "ToolCallDelta",
@@ -125,6 +133,7 @@ __all__ = [
     "ToolCallStart",
     "ToolDefinition",
     "ToolFailed",
+    "ToolOutput",
     "ToolResult",
     "ToolRetriesExceeded",
     "ToolReturnPart",

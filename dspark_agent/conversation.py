@@ -13,13 +13,17 @@ from dspark_agent.step import StepResult
 
 @dataclass(slots=True)
 class Conversation:
-    """``sent`` counts the messages the model session knows; the rest goes with the next turn."""
+    """``sent`` counts the messages the model session knows; the rest goes with the next turn.
+
+    ``told`` are the answer formats that the messages have told the model already.
+    """
 
     messages: list[ModelRequest | ModelResponse] = field(default_factory=list)
     sent: int = 0
     steps: list[StepResult[Any]] = field(default_factory=list)
     retries: RetryCount = field(default_factory=RetryCount)
     repeats: RepeatGuard = field(default_factory=RepeatGuard)
+    told: frozenset[str] = frozenset()
 
     def copy(self) -> Conversation:
         return Conversation(
@@ -28,6 +32,7 @@ class Conversation:
             list(self.steps),
             self.retries.copy(),
             self.repeats.copy(),
+            self.told,
         )
 
     @property

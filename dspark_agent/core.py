@@ -11,18 +11,20 @@ import anyio
 
 from dspark_agent import budget
 from dspark_agent.budget import Budget
+from dspark_agent.calling import call_with_ctx
 from dspark_agent.context import Cancellation, DepsT, RunContext
 from dspark_agent.conversation import Conversation
 from dspark_agent.declaration import Declaration
 from dspark_agent.errors import DeadlineExceeded, RunCancelled, SessionClosedError, UserError
+from dspark_agent.guards import check_guards
 from dspark_agent.history import History
 from dspark_agent.limits import RunUsage, UsageLimits
 from dspark_agent.messages import SystemPromptPart, UserPromptPart
-from dspark_agent.models.base import Model, ModelSession
+from dspark_agent.models.base import Model, ModelSession, ModelTurn
 from dspark_agent.relay import EventHandler
 from dspark_agent.settings import ModelSettings
 from dspark_agent.step import UNSET, StepPlan, StepResult
-from dspark_agent.turn import TurnTaker, call_with_ctx
+from dspark_agent.turn import TurnTaker
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +61,21 @@ class Core(Generic[DepsT]):
         self._budgets: tuple[Budget, ...] = ()
         self._model_session: ModelSession | None = None
         self._token_log: tuple[int, ...] | None = None
+        self._widest = ModelTurn()
         self._busy = False
 
     # -- open, copy, close ---------------------------------------------------------------------
 
-    async def open(self, history: History) -> None:
-        """Open the model's side; go on from ``history`` (from its token log where that fits)."""
-        resumes = history.resumes(self.model.name, tuple(self.runner.tools))
-        widest = self.plan().turn
+    async def open(self, history: History, output_type: Any = UNSET) -> None:
+        """Open the model's side; go on from ``history`` (from its token log where that fits).
+
+        ``output_type`` is that of the steps to come, the agent's own when left out.
+        """
+        widest = self.plan(output_type=output_type, tools=tuple(self.runner.tools)).turn
+        resumes = history.resumes(self.model.name, widest.tool_names)
         token_log = history.token_log if resumes else None
         model_session = await self.model.open(widest, token_log=token_log)
+        self._widest = widest
         sent = history.logged_messages if resumes else 0
         self._start(model_session, Conversation(messages=list(history.messages), sent=sent))
 
@@ -84,6 +91,7 @@ class Core(Generic[DepsT]):
             limits=self.limits,
             on_event=self.on_event,
         )
+        child._widest = self._widest
         child._start(model_session, self.conversation.copy())
         return child
 
@@ -123,7 +131,7 @@ class Core(Generic[DepsT]):
         return History(
             messages=tuple(self.conversation.messages),
             model_name=self.model.name,
-            tool_names=tuple(self.runner.tools),
+            tool_names=self._widest.tool_names or tuple(self.runner.tools),
             token_log=self._token_log if opened is None else opened.token_log,
             logged_messages=self.conversation.sent,
         )
@@ -193,8 +201,12 @@ class Core(Generic[DepsT]):
         settings: ModelSettings | None = None,
         retries: int | None = None,
     ) -> StepPlan:
-        """The plan of a step: see :meth:`Declaration.plan`."""
-        return self.declaration.plan(
+        """The plan of a step: see :meth:`Declaration.plan`.
+
+        Raises:
+            UserError: besides, an output tool was not told to the model when the session opened.
+        """
+        plan = self.declaration.plan(
             output_type=output_type,
             tools=tools,
             tool_choice=tool_choice,
@@ -207,6 +219,18 @@ class Core(Generic[DepsT]):
             ),
             retries=retries,
         )
+        if self.is_open:
+            self._check_told(plan)
+        return plan
+
+    def _check_told(self, plan: StepPlan) -> None:
+        for name, tool in plan.output.tools.items():
+            if tool.definition not in self._widest.tools:
+                raise UserError(
+                    f"output tool {name!r} is unknown to this session: a model is told of its "
+                    "tools once, at the beginning; make it the agent's (or run's) output_type, or "
+                    "ask for the bare type"
+                )
 
     def context(self, work: Work) -> RunContext[DepsT]:
         """The run as the agent's functions see it now."""
@@ -225,6 +249,7 @@ class Core(Generic[DepsT]):
 
         Raises:
             UserError: there is nothing the model has to answer.
+            GuardrailTripped: an input guard stops the run.
         """
         if self.conversation.has_open_calls:
             raise UserError(
@@ -240,13 +265,18 @@ class Core(Generic[DepsT]):
             if system:
                 self.conversation.ask(SystemPromptPart(content=system))
         if prompt is not None:
+            guards = self.declaration.input_guards
+            await check_guards(guards, self.context(work), prompt, place="input")
             self.conversation.ask(UserPromptPart(content=prompt))
         elif not self.conversation.has_news:
             raise UserError("nothing to answer: the model had the last word; give a prompt")
 
     async def take(self, plan: StepPlan, work: Work, attempt: int) -> StepResult[Any]:
         """One turn: see :meth:`TurnTaker.take`."""
-        taker = TurnTaker(self.model_session, self.runner, self.on_event, self.usage)
+        self._say_format(plan)
+        taker = TurnTaker(
+            self.model_session, self.runner, self.on_event, self.usage, self.declaration.hooks
+        )
         return await taker.take(
             self.conversation,
             plan,
@@ -254,3 +284,11 @@ class Core(Generic[DepsT]):
             budgets=work.budgets,
             attempt=attempt,
         )
+
+    def _say_format(self, plan: StepPlan) -> None:
+        """What a PromptedOutput has to say, once a conversation."""
+        prompt = plan.output.prompt
+        if prompt is None or plan.needs_call or prompt in self.conversation.told:
+            return
+        self.conversation.told |= {prompt}
+        self.conversation.ask(UserPromptPart(content=prompt))

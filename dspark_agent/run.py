@@ -134,7 +134,8 @@ class AgentRun(Generic[DepsT, OutT_co]):
                     await core.ask(self._prompt, work)
                 result = await core.take(plan, work, self._attempt)
         self._asked = True
-        refused = result.retry_reason is not None and not result.tool_calls
+        finals = any(call.tool_name in plan.turn.output_tools for call in result.tool_calls)
+        refused = result.retry_reason is not None and (finals or not result.tool_calls)
         self._attempt = self._attempt + 1 if refused else 1
         self._output = result.value
         return result

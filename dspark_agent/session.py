@@ -14,7 +14,7 @@ from dspark_agent.core import Core
 from dspark_agent.history import History
 from dspark_agent.limits import RunUsage, UsageLimits
 from dspark_agent.messages import ModelRequest, ModelResponse
-from dspark_agent.output import JsonSchema
+from dspark_agent.outputs import OutputForm
 from dspark_agent.run import AgentRun, RunResult
 from dspark_agent.settings import ModelSettings
 from dspark_agent.step import UNSET, StepResult
@@ -99,14 +99,14 @@ class Session(Generic[DepsT, OutT]):
         self,
         prompt: str | None = None,
         *,
-        output_type: JsonSchema,
+        output_type: OutputForm[T],
         tools: Sequence[str] | None = None,
         tool_choice: str | None = None,
         args: Mapping[str, Any] | None = None,
         settings: ModelSettings | None = None,
         limits: UsageLimits | None = None,
         retries: int | None = None,
-    ) -> StepResult[Any]: ...
+    ) -> StepResult[T]: ...
     async def step(
         self,
         prompt: str | None = None,
@@ -179,9 +179,9 @@ class Session(Generic[DepsT, OutT]):
         self,
         prompt: str | None = None,
         *,
-        output_type: JsonSchema,
+        output_type: OutputForm[T],
         limits: UsageLimits | None = None,
-    ) -> RunResult[Any]: ...
+    ) -> RunResult[T]: ...
     async def run(
         self,
         prompt: str | None = None,
