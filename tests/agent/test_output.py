@@ -271,7 +271,10 @@ def test_output_tools_have_names_descriptions_and_schemas() -> None:
         (lambda: Output(ToolOutput(Plan, name="auto")), "'auto' cannot be a tool's name"),
         (lambda: Output(lambda n: n), "is an identifier"),
         (lambda: Output(ToolOutput(lambda n: n, name="f")), "parameter 'n' has no type"),
-        (lambda: TextOutput(3), "3 is no function"),
+        (
+            lambda: TextOutput(3),  # type: ignore[call-overload]
+            "3 is no function",
+        ),
         (lambda: Output(list["Nowhere"]), "Nowhere"),  # type: ignore[name-defined]  # noqa: F821
         (lambda: Output(3), "output_type 3"),
     ],
