@@ -307,16 +307,18 @@ class Agent(Generic[DepsT, OutT]):
 
     def run_stream(
         self, prompt: str | None = None, **options: Unpack[RunOptions[DepsT]]
-    ) -> AbstractAsyncContextManager[EventStream[RunResult[OutT]]]:
+    ) -> AbstractAsyncContextManager[EventStream[OutT]]:
         """A run whose events the caller reads as they come:
         ``async with agent.run_stream("...") as stream: async for event in stream: ...``"""
         if options.get("on_event") is not None:
             raise UserError("run_stream gives the events itself; use run(on_event=...) instead")
 
-        async def work(handler: EventHandler) -> RunResult[OutT]:
-            return await self.run(prompt, **(options | {"on_event": handler}))
+        def start(
+            handler: EventHandler,
+        ) -> AbstractAsyncContextManager[AgentRun[DepsT, OutT]]:
+            return self._driven(prompt, UNSET, options | {"on_event": handler})
 
-        return streamed(work)
+        return streamed(start)
 
     def session(
         self,

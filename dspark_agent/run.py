@@ -74,6 +74,11 @@ class AgentRun(Generic[DepsT, OutT_co]):
         return tuple(self._core.conversation.steps[self._first_step :])
 
     @property
+    def history(self) -> History:
+        """The conversation so far; a step that failed is no part of it."""
+        return self._core.history()
+
+    @property
     def result(self) -> RunResult[OutT_co]:
         """What the run came to.
 

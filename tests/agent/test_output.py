@@ -249,7 +249,7 @@ def test_output_tools_have_names_descriptions_and_schemas() -> None:
     tool = Output(ToolOutput(book, description="Take it.")).tools["book"].definition
     assert tool.description == "Take it."
     assert tool.parameters["required"] == ["seat"]
-    only = Output(ToolOutput(Plan))
+    only: Output[Plan] = Output(ToolOutput(Plan))
     assert only.schema is None
     assert not only.allow_text
     assert not only.answers_in_writing
@@ -265,7 +265,10 @@ def test_output_tools_have_names_descriptions_and_schemas() -> None:
         (lambda: PromptedOutput(Plan, template="JSON please"), "no {schema} in it"),
         (lambda: Output(NativeOutput([Plan, book])), "NativeOutput: book is no type"),
         (lambda: Output(PromptedOutput([Plan, str])), "PromptedOutput: str is no type"),
-        (lambda: Output(ToolOutput([Plan, Point])), "give it one type or function"),
+        (
+            lambda: Output(ToolOutput([Plan, Point])),  # type: ignore[call-overload]
+            "give it one type or function",
+        ),
         (lambda: Output(ToolOutput(TextOutput(len))), "give it one type or function"),
         (lambda: Output(ToolOutput(Plan, name="my plan")), "'my plan' cannot be a tool's name"),
         (lambda: Output(ToolOutput(Plan, name="auto")), "'auto' cannot be a tool's name"),
