@@ -126,8 +126,11 @@ async def test_hooks_change_the_arguments_and_the_result_but_not_what_the_model_
 @pytest.mark.parametrize("place", ["before_tool", "after_tool"])
 @pytest.mark.parametrize(
     ("error", "kind", "text"),
-    [(ModelRetry("not four"), RetryPromptPart, "not four"), (ToolFailed("broken"), ToolReturnPart, "broken")],
-)  # fmt: skip
+    [
+        (ModelRetry("not four"), RetryPromptPart, "not four"),
+        (ToolFailed("broken"), ToolReturnPart, "broken"),
+    ],
+)
 async def test_what_a_hook_says_to_the_model_takes_the_calls_place(
     place: str, error: Exception, kind: type, text: str
 ) -> None:
