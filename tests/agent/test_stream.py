@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import anyio
@@ -164,7 +164,7 @@ async def test_a_stream_has_no_second_listener() -> None:
 
 
 async def test_text_is_no_sign_of_the_end_where_a_tool_call_can_follow() -> None:
-    turns = iter[Sequence[TextPart | ToolCallPart] | str]([
+    turns: Iterator[Sequence[TextPart | ToolCallPart] | str] = iter([
         [TextPart(content="Let me weigh it."), ToolCallPart(tool_name="weigh", args={"what": "b"})],
         "Three grams.",
     ])  # fmt: skip
