@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dspark_agent.agent import Agent
+from dspark_agent.compaction import Compaction
 from dspark_agent.context import RunContext
 from dspark_agent.errors import (
     ContextLengthError,
@@ -31,6 +32,7 @@ from dspark_agent.errors import (
 )
 from dspark_agent.events import (
     AgentEvent,
+    ContextCompacted,
     PartialOutput,
     StepEnd,
     StepStart,
@@ -78,6 +80,8 @@ __all__ = [
     "Agent",
     "AgentEvent",
     "AgentRun",
+    "Compaction",
+    "ContextCompacted",
     "ContextLengthError",
     "DSparkError",
     "DSparkModel",

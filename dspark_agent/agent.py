@@ -23,6 +23,7 @@ import anyio
 from typing_extensions import TypeVar as DefaultTypeVar
 from typing_extensions import Unpack
 
+from dspark_agent.compaction import Compaction
 from dspark_agent.context import DepsT, RunContext
 from dspark_agent.core import Core
 from dspark_agent.declaration import Declaration
@@ -79,6 +80,7 @@ class AgentOptions(TypedDict, Generic[DepsT], total=False):
     tools: Sequence[Tool[DepsT] | Callable[..., Any]]
     toolsets: Sequence[FunctionToolset[DepsT]]
     hooks: Sequence[Hooks[DepsT]]
+    compaction: Compaction | None
     model_settings: ModelSettings | None
     retries: int
     output_retries: int | None
@@ -99,6 +101,8 @@ class Agent(Generic[DepsT, OutT]):
         instructions: said to the model before anything else; see also :meth:`instructions`.
         deps_type: the type of ``deps``; documentation, type inference, and a check at run time.
         tools: functions or Tools. toolsets: shared sets of them. hooks: see :class:`Hooks`.
+        compaction: how conversations are shortened that fill the model's context; without it, a
+            step that does not fit is an error.
         model_settings: over the model's own.
         retries: how often in a row a tool may ask for a retry (tools may have their own), and,
             unless ``output_retries`` says otherwise, an output may be refused.
@@ -156,6 +160,7 @@ class Agent(Generic[DepsT, OutT]):
         tools: Sequence[Tool[DepsT] | Callable[..., Any]] = (),
         toolsets: Sequence[FunctionToolset[DepsT]] = (),
         hooks: Sequence[Hooks[DepsT]] = (),
+        compaction: Compaction | None = None,
         model_settings: ModelSettings | None = None,
         retries: int = 1,
         output_retries: int | None = None,
@@ -177,6 +182,7 @@ class Agent(Generic[DepsT, OutT]):
             limits=limits,
             instructions=[instructions] if isinstance(instructions, str) else list(instructions),
             hooks=tuple(hooks),
+            compaction=compaction,
         )
         # Finds two tools of one name here, not in the first run.
         self._declaration.check_names(self._declaration.output)

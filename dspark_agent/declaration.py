@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
+from dspark_agent.compaction import Compaction
 from dspark_agent.context import DepsT
 from dspark_agent.errors import UserError
 from dspark_agent.execution import ToolRunner
@@ -40,6 +41,7 @@ class Declaration(Generic[DepsT]):
     instructions: list[str | Callable[..., Any]] = field(default_factory=list)
     validators: list[OutputValidator] = field(default_factory=list)
     hooks: tuple[Hooks[DepsT], ...] = ()
+    compaction: Compaction | None = None
     input_guards: list[Guard] = field(default_factory=list)
     output_guards: list[Guard] = field(default_factory=list)
     _outputs: dict[object, Output[Any]] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from typing_extensions import TypeVar
 from dspark_agent.context import DepsT
 from dspark_agent.conversation import Conversation
 from dspark_agent.core import Core
+from dspark_agent.events import ContextCompacted
 from dspark_agent.history import History
 from dspark_agent.limits import RunUsage, UsageLimits
 from dspark_agent.messages import ModelRequest, ModelResponse
@@ -32,6 +33,7 @@ class SessionMark:
 
     conversation: Conversation
     model_mark: object
+    epoch: int
 
 
 class Session(Generic[DepsT, OutT]):
@@ -61,6 +63,11 @@ class Session(Generic[DepsT, OutT]):
     def steps(self) -> tuple[StepResult[Any], ...]:
         """The model turns of this session, in order; refused ones included."""
         return tuple(self._core.conversation.steps)
+
+    @property
+    def compactions(self) -> tuple[ContextCompacted, ...]:
+        """Every time the conversation was shortened; see :class:`Compaction`."""
+        return tuple(self._core.conversation.compactions)
 
     @property
     def history(self) -> History:
@@ -155,12 +162,15 @@ class Session(Generic[DepsT, OutT]):
             retries=retries,
         )
         with core.work(limits) as work:
-            async with core.whole_or_not_at_all():
+
+            async def turns() -> StepResult[Any]:
                 await core.ask(prompt, work)
                 attempt = 1
                 while (result := await core.take(plan, work, attempt)).retry_reason is not None:
                     attempt += 1
-        return result
+                return result
+
+            return await core.committed(work, turns)
 
     @overload
     async def run(
@@ -208,11 +218,12 @@ class Session(Generic[DepsT, OutT]):
 
     def mark(self) -> SessionMark:
         """Where the session stands, to :meth:`rollback` to."""
-        return SessionMark(self._core.conversation.copy(), self._core.model_session.mark())
+        core = self._core
+        return SessionMark(core.conversation.copy(), core.model_session.mark(), core.epoch)
 
     async def rollback(self, mark: SessionMark) -> None:
         """Forget everything since ``mark`` (what tools did outside stays done)."""
-        await self._core.rollback(mark.conversation, mark.model_mark)
+        await self._core.rollback(mark.conversation, mark.model_mark, mark.epoch)
 
     async def fork(self) -> Session[DepsT, OutT]:
         """An independent session that starts with all that was said in this one.

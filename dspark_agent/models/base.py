@@ -115,6 +115,11 @@ class ModelSession(ABC):
         """The tokens of the conversation so far, where the model keeps them."""
         return None
 
+    @property
+    def context_window(self) -> int | None:
+        """How many tokens a conversation may hold, where the model knows."""
+        return None
+
     async def close(self) -> None:  # noqa: B027 - nothing to free is a fine default
         """Free what the session holds."""
 
