@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dspark_agent.agent import Agent
+from dspark_agent.compaction import Compaction
 from dspark_agent.context import RunContext
 from dspark_agent.errors import (
     ContextLengthError,
     DeadlineExceeded,
     DSparkError,
+    GuardrailTripped,
     ModelError,
     ModelHTTPError,
     ModelNotFoundError,
@@ -30,6 +32,7 @@ from dspark_agent.errors import (
 )
 from dspark_agent.events import (
     AgentEvent,
+    ContextCompacted,
     PartialOutput,
     StepEnd,
     StepStart,
@@ -40,6 +43,8 @@ from dspark_agent.events import (
     ToolResult,
 )
 from dspark_agent.history import History
+from dspark_agent.hooks import Hooks
+from dspark_agent.json_schema import JsonSchema
 from dspark_agent.limits import RequestUsage, RunUsage, UsageLimits
 from dspark_agent.messages import (
     FinishReason,
@@ -58,7 +63,7 @@ from dspark_agent.metrics import StepMetrics
 from dspark_agent.models import infer_model
 from dspark_agent.models.base import Model, ModelSession, ModelTurn
 from dspark_agent.models.testing import FunctionModel, TestModel
-from dspark_agent.output import JsonSchema
+from dspark_agent.outputs import NativeOutput, PromptedOutput, TextOutput, ToolOutput
 from dspark_agent.run import AgentRun, RunResult
 from dspark_agent.session import Session
 from dspark_agent.settings import ModelSettings
@@ -75,6 +80,8 @@ __all__ = [
     "Agent",
     "AgentEvent",
     "AgentRun",
+    "Compaction",
+    "ContextCompacted",
     "ContextLengthError",
     "DSparkError",
     "DSparkModel",
@@ -83,7 +90,9 @@ __all__ = [
     "FinishReason",
     "FunctionModel",
     "FunctionToolset",
+    "GuardrailTripped",
     "History",
+    "Hooks",
     "JsonSchema",
     "Model",
     "ModelError",
@@ -97,9 +106,11 @@ __all__ = [
     "ModelSession",
     "ModelSettings",
     "ModelTurn",
+    "NativeOutput",
     "OpenAIModel",
     "OutputError",
     "PartialOutput",
+    "PromptedOutput",
     "RequestUsage",
     "RetryPromptPart",
     "RunCancelled",
@@ -117,6 +128,7 @@ __all__ = [
     "SystemPromptPart",
     "TestModel",
     "TextDelta",
+    "TextOutput",
     "TextPart",
     "Tool",
     "ToolCallDelta",
@@ -125,6 +137,7 @@ __all__ = [
     "ToolCallStart",
     "ToolDefinition",
     "ToolFailed",
+    "ToolOutput",
     "ToolResult",
     "ToolRetriesExceeded",
     "ToolReturnPart",

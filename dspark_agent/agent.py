@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from types import NoneType
@@ -23,16 +23,19 @@ import anyio
 from typing_extensions import TypeVar as DefaultTypeVar
 from typing_extensions import Unpack
 
+from dspark_agent.compaction import Compaction
 from dspark_agent.context import DepsT, RunContext
 from dspark_agent.core import Core
 from dspark_agent.declaration import Declaration
 from dspark_agent.errors import UserError
 from dspark_agent.history import History
+from dspark_agent.hooks import Hooks
 from dspark_agent.limits import UsageLimits
 from dspark_agent.messages import ModelRequest, ModelResponse
 from dspark_agent.models import infer_model
 from dspark_agent.models.base import Model
-from dspark_agent.output import JsonSchema, Output
+from dspark_agent.output import Output
+from dspark_agent.outputs import OutputForm
 from dspark_agent.relay import EventHandler
 from dspark_agent.run import AgentRun, RunResult
 from dspark_agent.session import Session
@@ -68,6 +71,23 @@ class RunOptions(TypedDict, Generic[DepsT], total=False):
     on_event: EventHandler | None
 
 
+class AgentOptions(TypedDict, Generic[DepsT], total=False):
+    """Keywords of an agent besides its output type; see :class:`Agent`."""
+
+    instructions: str | Sequence[str]
+    deps_type: type[DepsT]
+    name: str | None
+    tools: Sequence[Tool[DepsT] | Callable[..., Any]]
+    toolsets: Sequence[FunctionToolset[DepsT]]
+    hooks: Sequence[Hooks[DepsT]]
+    compaction: Compaction | None
+    model_settings: ModelSettings | None
+    retries: int
+    output_retries: int | None
+    tool_timeout: float | None
+    limits: UsageLimits | None
+
+
 class Agent(Generic[DepsT, OutT]):
     """Declares what a model may do and must answer; runs it, or opens sessions of typed steps.
 
@@ -75,10 +95,14 @@ class Agent(Generic[DepsT, OutT]):
         model: a :class:`Model`, or the name of one for the embedded engine. A name is loaded when
             it is first used; pass one Model object to several agents to load it once.
         output_type: a type that pydantic can validate, ``SomeType | str`` for a typed result or
-            text, or :class:`JsonSchema`.
+            text, :class:`JsonSchema`, a function whose parameters the model fills in and whose
+            return value is the output, :class:`ToolOutput`, :class:`NativeOutput`,
+            :class:`PromptedOutput`, :class:`TextOutput`, or a choice of them (``|``, or a list).
         instructions: said to the model before anything else; see also :meth:`instructions`.
         deps_type: the type of ``deps``; documentation, type inference, and a check at run time.
-        tools: functions or Tools. toolsets: shared sets of them.
+        tools: functions or Tools. toolsets: shared sets of them. hooks: see :class:`Hooks`.
+        compaction: how conversations are shortened that fill the model's context; without it, a
+            step that does not fit is an error.
         model_settings: over the model's own.
         retries: how often in a row a tool may ask for a retry (tools may have their own), and,
             unless ``output_retries`` says otherwise, an output may be refused.
@@ -91,19 +115,7 @@ class Agent(Generic[DepsT, OutT]):
 
     @overload
     def __init__(
-        self: Agent[DepsT, str],
-        model: Model | str,
-        *,
-        instructions: str | Sequence[str] = (),
-        deps_type: type[DepsT] = ...,
-        name: str | None = None,
-        tools: Sequence[Tool[DepsT] | Callable[..., Any]] = (),
-        toolsets: Sequence[FunctionToolset[DepsT]] = (),
-        model_settings: ModelSettings | None = None,
-        retries: int = 1,
-        output_retries: int | None = None,
-        tool_timeout: float | None = None,
-        limits: UsageLimits | None = None,
+        self: Agent[DepsT, str], model: Model | str, **options: Unpack[AgentOptions[DepsT]]
     ) -> None: ...
     @overload
     def __init__(
@@ -111,33 +123,31 @@ class Agent(Generic[DepsT, OutT]):
         model: Model | str,
         *,
         output_type: TypeForm[T],
-        instructions: str | Sequence[str] = (),
-        deps_type: type[DepsT] = ...,
-        name: str | None = None,
-        tools: Sequence[Tool[DepsT] | Callable[..., Any]] = (),
-        toolsets: Sequence[FunctionToolset[DepsT]] = (),
-        model_settings: ModelSettings | None = None,
-        retries: int = 1,
-        output_retries: int | None = None,
-        tool_timeout: float | None = None,
-        limits: UsageLimits | None = None,
+        **options: Unpack[AgentOptions[DepsT]],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Agent[DepsT, T],
+        model: Model | str,
+        *,
+        output_type: OutputForm[T] | Callable[..., Awaitable[T]],
+        **options: Unpack[AgentOptions[DepsT]],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Agent[DepsT, T],
+        model: Model | str,
+        *,
+        output_type: Callable[..., T],
+        **options: Unpack[AgentOptions[DepsT]],
     ) -> None: ...
     @overload
     def __init__(
         self: Agent[DepsT, Any],
         model: Model | str,
         *,
-        output_type: JsonSchema,
-        instructions: str | Sequence[str] = (),
-        deps_type: type[DepsT] = ...,
-        name: str | None = None,
-        tools: Sequence[Tool[DepsT] | Callable[..., Any]] = (),
-        toolsets: Sequence[FunctionToolset[DepsT]] = (),
-        model_settings: ModelSettings | None = None,
-        retries: int = 1,
-        output_retries: int | None = None,
-        tool_timeout: float | None = None,
-        limits: UsageLimits | None = None,
+        output_type: Sequence[Any],
+        **options: Unpack[AgentOptions[DepsT]],
     ) -> None: ...
     def __init__(
         self,
@@ -149,6 +159,8 @@ class Agent(Generic[DepsT, OutT]):
         name: str | None = None,
         tools: Sequence[Tool[DepsT] | Callable[..., Any]] = (),
         toolsets: Sequence[FunctionToolset[DepsT]] = (),
+        hooks: Sequence[Hooks[DepsT]] = (),
+        compaction: Compaction | None = None,
         model_settings: ModelSettings | None = None,
         retries: int = 1,
         output_retries: int | None = None,
@@ -169,8 +181,11 @@ class Agent(Generic[DepsT, OutT]):
             tool_timeout=tool_timeout,
             limits=limits,
             instructions=[instructions] if isinstance(instructions, str) else list(instructions),
+            hooks=tuple(hooks),
+            compaction=compaction,
         )
-        _ = self._declaration.tools  # finds two tools of one name here, not in the first run
+        # Finds two tools of one name here, not in the first run.
+        self._declaration.check_names(self._declaration.output)
 
     # -- declaring -----------------------------------------------------------------------------
 
@@ -204,6 +219,20 @@ class Agent(Generic[DepsT, OutT]):
         self._declaration.validators.append(function)
         return function
 
+    def input_guard(self, function: F, /) -> F:
+        """Decorator: a function, ``(prompt)`` or ``(ctx, prompt)``, sync or async, that sees every
+        prompt before the model does. None lets it pass; a text says why not, and stops the run
+        with :class:`GuardrailTripped`."""
+        self._declaration.input_guards.append(function)
+        return function
+
+    def output_guard(self, function: F, /) -> F:
+        """Decorator: a function, ``(output)`` or ``(ctx, output)``, sync or async, that sees every
+        output (of any type that a run or step asks for) after its validators. None lets it pass; a
+        text says why not, and stops the run with :class:`GuardrailTripped`."""
+        self._declaration.output_guards.append(function)
+        return function
+
     # -- running -------------------------------------------------------------------------------
 
     @overload
@@ -223,9 +252,9 @@ class Agent(Generic[DepsT, OutT]):
         self,
         prompt: str | None = None,
         *,
-        output_type: JsonSchema,
+        output_type: OutputForm[T],
         **options: Unpack[RunOptions[DepsT]],
-    ) -> RunResult[Any]: ...
+    ) -> RunResult[T]: ...
     async def run(
         self,
         prompt: str | None = None,
@@ -262,9 +291,9 @@ class Agent(Generic[DepsT, OutT]):
         self,
         prompt: str | None = None,
         *,
-        output_type: JsonSchema,
+        output_type: OutputForm[T],
         **options: Unpack[RunOptions[DepsT]],
-    ) -> RunResult[Any]: ...
+    ) -> RunResult[T]: ...
     def run_sync(
         self,
         prompt: str | None = None,
@@ -284,16 +313,18 @@ class Agent(Generic[DepsT, OutT]):
 
     def run_stream(
         self, prompt: str | None = None, **options: Unpack[RunOptions[DepsT]]
-    ) -> AbstractAsyncContextManager[EventStream[RunResult[OutT]]]:
+    ) -> AbstractAsyncContextManager[EventStream[OutT]]:
         """A run whose events the caller reads as they come:
         ``async with agent.run_stream("...") as stream: async for event in stream: ...``"""
         if options.get("on_event") is not None:
             raise UserError("run_stream gives the events itself; use run(on_event=...) instead")
 
-        async def work(handler: EventHandler) -> RunResult[OutT]:
-            return await self.run(prompt, **(options | {"on_event": handler}))
+        def start(
+            handler: EventHandler,
+        ) -> AbstractAsyncContextManager[AgentRun[DepsT, OutT]]:
+            return self._driven(prompt, UNSET, options | {"on_event": handler})
 
-        return streamed(work)
+        return streamed(start)
 
     def session(
         self,
@@ -323,7 +354,7 @@ class Agent(Generic[DepsT, OutT]):
         limits = options.get("limits") or self._declaration.limits or UsageLimits()
         try:
             with core.work(limits) as work:
-                await core.open(History.of(options.get("message_history")))
+                await core.open(History.of(options.get("message_history")), output_type)
                 yield AgentRun(core, work, prompt, output_type)
         finally:
             await core.close()

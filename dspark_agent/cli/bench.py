@@ -198,6 +198,21 @@ def cost(
     err().print(f"[note]wrote {plot}[/]")
 
 
+def overhead(
+    json_file: Json,
+    steps: Annotated[int, typer.Option(min=10, help="Steps of a conversation.")] = 200,
+    rounds: Annotated[int, typer.Option(min=1, help="Conversations of each kind of step.")] = 5,
+) -> None:
+    """What the SDK itself adds to a step, with a model that answers at once."""
+    from dspark_agent.cli.overhead import OverheadSettings, overhead_table, run_overhead
+
+    _writable(json_file)
+    with _counter("conversations") as counted:
+        report = run_overhead(OverheadSettings(steps=steps, rounds=rounds), on_step=counted)
+    out().print(overhead_table(report))
+    _write(report, json_file)
+
+
 @contextmanager
 def _counter(what: str) -> Iterator[Counted]:
     """A bar that counts ``what``, drawn from the first report on."""
