@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dspark_agent.agent import Agent
+from dspark_agent.compaction import Compaction
 from dspark_agent.concurrency import fan_out
 from dspark_agent.context import RunContext
 from dspark_agent.delegation import Handoff
@@ -16,6 +17,7 @@ from dspark_agent.errors import (
     ContextLengthError,
     DeadlineExceeded,
     DSparkError,
+    GuardrailTripped,
     ModelError,
     ModelHTTPError,
     ModelNotFoundError,
@@ -32,6 +34,7 @@ from dspark_agent.errors import (
 )
 from dspark_agent.events import (
     AgentEvent,
+    ContextCompacted,
     PartialOutput,
     StepEnd,
     StepStart,
@@ -42,6 +45,8 @@ from dspark_agent.events import (
     ToolResult,
 )
 from dspark_agent.history import History
+from dspark_agent.hooks import Hooks
+from dspark_agent.json_schema import JsonSchema
 from dspark_agent.limits import RequestUsage, RunUsage, UsageLimits
 from dspark_agent.messages import (
     FinishReason,
@@ -60,7 +65,7 @@ from dspark_agent.metrics import StepMetrics
 from dspark_agent.models import infer_model
 from dspark_agent.models.base import Model, ModelSession, ModelTurn
 from dspark_agent.models.testing import FunctionModel, TestModel
-from dspark_agent.output import JsonSchema
+from dspark_agent.outputs import NativeOutput, PromptedOutput, TextOutput, ToolOutput
 from dspark_agent.run import AgentRun, RunResult
 from dspark_agent.session import Session
 from dspark_agent.settings import ModelSettings
@@ -77,6 +82,8 @@ __all__ = [
     "Agent",
     "AgentEvent",
     "AgentRun",
+    "Compaction",
+    "ContextCompacted",
     "ContextLengthError",
     "DSparkError",
     "DSparkModel",
@@ -85,8 +92,10 @@ __all__ = [
     "FinishReason",
     "FunctionModel",
     "FunctionToolset",
+    "GuardrailTripped",
     "Handoff",
     "History",
+    "Hooks",
     "JsonSchema",
     "Model",
     "ModelError",
@@ -100,9 +109,11 @@ __all__ = [
     "ModelSession",
     "ModelSettings",
     "ModelTurn",
+    "NativeOutput",
     "OpenAIModel",
     "OutputError",
     "PartialOutput",
+    "PromptedOutput",
     "RequestUsage",
     "RetryPromptPart",
     "RunCancelled",
@@ -120,6 +131,7 @@ __all__ = [
     "SystemPromptPart",
     "TestModel",
     "TextDelta",
+    "TextOutput",
     "TextPart",
     "Tool",
     "ToolCallDelta",
@@ -128,6 +140,7 @@ __all__ = [
     "ToolCallStart",
     "ToolDefinition",
     "ToolFailed",
+    "ToolOutput",
     "ToolResult",
     "ToolRetriesExceeded",
     "ToolReturnPart",

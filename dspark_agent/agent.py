@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from types import NoneType
@@ -13,7 +13,6 @@ from typing import (
     Generic,
     ParamSpec,
     Self,
-    TypedDict,
     TypeVar,
     cast,
     overload,
@@ -23,17 +22,21 @@ import anyio
 from typing_extensions import TypeVar as DefaultTypeVar
 from typing_extensions import Unpack
 
+from dspark_agent.compaction import Compaction
 from dspark_agent.context import DepsT, RunContext
 from dspark_agent.core import Core
 from dspark_agent.declaration import Declaration
 from dspark_agent.delegation import DelegateOptions, Handoff, agent_as_tool
 from dspark_agent.errors import UserError
 from dspark_agent.history import History
+from dspark_agent.hooks import Hooks
 from dspark_agent.limits import UsageLimits
 from dspark_agent.messages import ModelRequest, ModelResponse
 from dspark_agent.models import infer_model
 from dspark_agent.models.base import Model
-from dspark_agent.output import JsonSchema, Output
+from dspark_agent.options import AgentOptions, RunOptions
+from dspark_agent.output import Output
+from dspark_agent.outputs import OutputForm
 from dspark_agent.relay import EventHandler
 from dspark_agent.run import AgentRun, RunResult
 from dspark_agent.session import Session
@@ -53,25 +56,6 @@ R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class RunOptions(TypedDict, Generic[DepsT], total=False):
-    """Keywords of every way to run an agent.
-
-    ``deps``: what tools find in ``ctx.deps``. ``message_history``: messages or a History to go on
-    from. ``limits``: instead of the agent's. ``model`` and ``model_settings``: instead of, and
-    over, the agent's. ``on_event``: called (and awaited) with every event. ``parent``: the
-    context of the run that this one is part of, inside a tool: its limits, deadline and
-    cancellation hold here too, and what is used here counts there.
-    """
-
-    deps: DepsT
-    message_history: History | Sequence[ModelRequest | ModelResponse] | None
-    limits: UsageLimits | None
-    model: Model | str | None
-    model_settings: ModelSettings | None
-    on_event: EventHandler | None
-    parent: RunContext[Any] | None
-
-
 class Agent(Generic[DepsT, OutT]):
     """Declares what a model may do and must answer; runs it, or opens sessions of typed steps.
 
@@ -79,10 +63,14 @@ class Agent(Generic[DepsT, OutT]):
         model: a :class:`Model`, or the name of one for the embedded engine. A name is loaded when
             it is first used; pass one Model object to several agents to load it once.
         output_type: a type that pydantic can validate, ``SomeType | str`` for a typed result or
-            text, or :class:`JsonSchema`.
+            text, :class:`JsonSchema`, a function whose parameters the model fills in and whose
+            return value is the output, :class:`ToolOutput`, :class:`NativeOutput`,
+            :class:`PromptedOutput`, :class:`TextOutput`, or a choice of them (``|``, or a list).
         instructions: said to the model before anything else; see also :meth:`instructions`.
         deps_type: the type of ``deps``; documentation, type inference, and a check at run time.
-        tools: functions or Tools. toolsets: shared sets of them.
+        tools: functions or Tools. toolsets: shared sets of them. hooks: see :class:`Hooks`.
+        compaction: how conversations are shortened that fill the model's context; without it, a
+            step that does not fit is an error.
         model_settings: over the model's own.
         retries: how often in a row a tool may ask for a retry (tools may have their own), and,
             unless ``output_retries`` says otherwise, an output may be refused.
@@ -95,19 +83,7 @@ class Agent(Generic[DepsT, OutT]):
 
     @overload
     def __init__(
-        self: Agent[DepsT, str],
-        model: Model | str,
-        *,
-        instructions: str | Sequence[str] = (),
-        deps_type: type[DepsT] = ...,
-        name: str | None = None,
-        tools: Sequence[Tool[DepsT] | Callable[..., Any]] = (),
-        toolsets: Sequence[FunctionToolset[DepsT]] = (),
-        model_settings: ModelSettings | None = None,
-        retries: int = 1,
-        output_retries: int | None = None,
-        tool_timeout: float | None = None,
-        limits: UsageLimits | None = None,
+        self: Agent[DepsT, str], model: Model | str, **options: Unpack[AgentOptions[DepsT]]
     ) -> None: ...
     @overload
     def __init__(
@@ -115,33 +91,31 @@ class Agent(Generic[DepsT, OutT]):
         model: Model | str,
         *,
         output_type: TypeForm[T],
-        instructions: str | Sequence[str] = (),
-        deps_type: type[DepsT] = ...,
-        name: str | None = None,
-        tools: Sequence[Tool[DepsT] | Callable[..., Any]] = (),
-        toolsets: Sequence[FunctionToolset[DepsT]] = (),
-        model_settings: ModelSettings | None = None,
-        retries: int = 1,
-        output_retries: int | None = None,
-        tool_timeout: float | None = None,
-        limits: UsageLimits | None = None,
+        **options: Unpack[AgentOptions[DepsT]],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Agent[DepsT, T],
+        model: Model | str,
+        *,
+        output_type: OutputForm[T] | Callable[..., Awaitable[T]],
+        **options: Unpack[AgentOptions[DepsT]],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Agent[DepsT, T],
+        model: Model | str,
+        *,
+        output_type: Callable[..., T],
+        **options: Unpack[AgentOptions[DepsT]],
     ) -> None: ...
     @overload
     def __init__(
         self: Agent[DepsT, Any],
         model: Model | str,
         *,
-        output_type: JsonSchema,
-        instructions: str | Sequence[str] = (),
-        deps_type: type[DepsT] = ...,
-        name: str | None = None,
-        tools: Sequence[Tool[DepsT] | Callable[..., Any]] = (),
-        toolsets: Sequence[FunctionToolset[DepsT]] = (),
-        model_settings: ModelSettings | None = None,
-        retries: int = 1,
-        output_retries: int | None = None,
-        tool_timeout: float | None = None,
-        limits: UsageLimits | None = None,
+        output_type: Sequence[Any],
+        **options: Unpack[AgentOptions[DepsT]],
     ) -> None: ...
     def __init__(
         self,
@@ -153,6 +127,8 @@ class Agent(Generic[DepsT, OutT]):
         name: str | None = None,
         tools: Sequence[Tool[DepsT] | Callable[..., Any]] = (),
         toolsets: Sequence[FunctionToolset[DepsT]] = (),
+        hooks: Sequence[Hooks[DepsT]] = (),
+        compaction: Compaction | None = None,
         model_settings: ModelSettings | None = None,
         retries: int = 1,
         output_retries: int | None = None,
@@ -173,8 +149,11 @@ class Agent(Generic[DepsT, OutT]):
             tool_timeout=tool_timeout,
             limits=limits,
             instructions=[instructions] if isinstance(instructions, str) else list(instructions),
+            hooks=tuple(hooks),
+            compaction=compaction,
         )
-        _ = self._declaration.tools  # finds two tools of one name here, not in the first run
+        # Finds two tools of one name here, not in the first run.
+        self._declaration.check_names(self._declaration.output)
 
     # -- declaring -----------------------------------------------------------------------------
 
@@ -206,6 +185,20 @@ class Agent(Generic[DepsT, OutT]):
         """Decorator: a function, ``(output)`` or ``(ctx, output)``, sync or async, that gives back
         the output (changed or not) or raises :class:`ModelRetry` with what is wrong with it."""
         self._declaration.validators.append(function)
+        return function
+
+    def input_guard(self, function: F, /) -> F:
+        """Decorator: a function, ``(prompt)`` or ``(ctx, prompt)``, sync or async, that sees every
+        prompt before the model does. None lets it pass; a text says why not, and stops the run
+        with :class:`GuardrailTripped`."""
+        self._declaration.input_guards.append(function)
+        return function
+
+    def output_guard(self, function: F, /) -> F:
+        """Decorator: a function, ``(output)`` or ``(ctx, output)``, sync or async, that sees every
+        output (of any type that a run or step asks for) after its validators. None lets it pass; a
+        text says why not, and stops the run with :class:`GuardrailTripped`."""
+        self._declaration.output_guards.append(function)
         return function
 
     # -- at the service of others --------------------------------------------------------------
@@ -242,9 +235,9 @@ class Agent(Generic[DepsT, OutT]):
         self,
         prompt: str | None = None,
         *,
-        output_type: JsonSchema,
+        output_type: OutputForm[T],
         **options: Unpack[RunOptions[DepsT]],
-    ) -> RunResult[Any]: ...
+    ) -> RunResult[T]: ...
     async def run(
         self,
         prompt: str | None = None,
@@ -281,9 +274,9 @@ class Agent(Generic[DepsT, OutT]):
         self,
         prompt: str | None = None,
         *,
-        output_type: JsonSchema,
+        output_type: OutputForm[T],
         **options: Unpack[RunOptions[DepsT]],
-    ) -> RunResult[Any]: ...
+    ) -> RunResult[T]: ...
     def run_sync(
         self,
         prompt: str | None = None,
@@ -303,16 +296,18 @@ class Agent(Generic[DepsT, OutT]):
 
     def run_stream(
         self, prompt: str | None = None, **options: Unpack[RunOptions[DepsT]]
-    ) -> AbstractAsyncContextManager[EventStream[RunResult[OutT]]]:
+    ) -> AbstractAsyncContextManager[EventStream[OutT]]:
         """A run whose events the caller reads as they come:
         ``async with agent.run_stream("...") as stream: async for event in stream: ...``"""
         if options.get("on_event") is not None:
             raise UserError("run_stream gives the events itself; use run(on_event=...) instead")
 
-        async def work(handler: EventHandler) -> RunResult[OutT]:
-            return await self.run(prompt, **(options | {"on_event": handler}))
+        def start(
+            handler: EventHandler,
+        ) -> AbstractAsyncContextManager[AgentRun[DepsT, OutT]]:
+            return self._driven(prompt, UNSET, options | {"on_event": handler})
 
-        return streamed(work)
+        return streamed(start)
 
     def session(
         self,
@@ -353,7 +348,7 @@ class Agent(Generic[DepsT, OutT]):
         run: AgentRun[DepsT, Any] | None = None
         try:
             with core.work(limits) as work:
-                await core.open(History.of(options.get("message_history")))
+                await core.open(History.of(options.get("message_history")), output_type)
                 run = AgentRun(core, work, prompt, output_type, successor)
                 yield run
         finally:

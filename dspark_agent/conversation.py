@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dspark_agent.events import ContextCompacted
 from dspark_agent.execution import RetryCount
 from dspark_agent.messages import ModelRequest, ModelResponse, RequestPart, open_calls
 from dspark_agent.repeats import RepeatGuard
@@ -13,21 +14,31 @@ from dspark_agent.step import StepResult
 
 @dataclass(slots=True)
 class Conversation:
-    """``sent`` counts the messages the model session knows; the rest goes with the next turn."""
+    """``sent`` counts the messages the model session knows; the rest goes with the next turn.
+
+    ``told`` are the answer formats that the messages have told the model already;
+    ``context_tokens`` is the context's length after the last turn, 0 where it is not known;
+    ``run_begin`` the index of the first message of the run that goes on.
+    """
 
     messages: list[ModelRequest | ModelResponse] = field(default_factory=list)
     sent: int = 0
     steps: list[StepResult[Any]] = field(default_factory=list)
     retries: RetryCount = field(default_factory=RetryCount)
     repeats: RepeatGuard = field(default_factory=RepeatGuard)
+    told: frozenset[str] = frozenset()
+    context_tokens: int = 0
+    compactions: list[ContextCompacted] = field(default_factory=list)
+    run_begin: int = 0
 
     def copy(self) -> Conversation:
-        return Conversation(
-            list(self.messages),
-            self.sent,
-            list(self.steps),
-            self.retries.copy(),
-            self.repeats.copy(),
+        return replace(
+            self,
+            messages=list(self.messages),
+            steps=list(self.steps),
+            retries=self.retries.copy(),
+            repeats=self.repeats.copy(),
+            compactions=list(self.compactions),
         )
 
     @property
@@ -59,3 +70,4 @@ class Conversation:
         """Add the model's response; everything before it counts as sent."""
         self.messages.append(response)
         self.sent = len(self.messages)
+        self.context_tokens = response.usage.input_tokens + response.usage.output_tokens

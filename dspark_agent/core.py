@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import anyio
 
 from dspark_agent import budget
+from dspark_agent.branching import branched
 from dspark_agent.budget import Budget
+from dspark_agent.calling import call_with_ctx
+from dspark_agent.compacting import compact
 from dspark_agent.context import Cancellation, DepsT, RunContext
 from dspark_agent.conversation import Conversation
 from dspark_agent.declaration import Declaration
-from dspark_agent.errors import DeadlineExceeded, RunCancelled, SessionClosedError, UserError
+from dspark_agent.errors import (
+    ContextLengthError,
+    DeadlineExceeded,
+    RunCancelled,
+    SessionClosedError,
+    UserError,
+)
+from dspark_agent.events import CompactionReason
+from dspark_agent.guards import check_guards
 from dspark_agent.history import History
 from dspark_agent.limits import RunUsage, UsageLimits
 from dspark_agent.messages import SystemPromptPart, UserPromptPart
-from dspark_agent.models.base import Model, ModelSession
+from dspark_agent.models.base import Model, ModelSession, ModelTurn
 from dspark_agent.relay import EventHandler
 from dspark_agent.settings import ModelSettings
 from dspark_agent.step import UNSET, StepPlan, StepResult
-from dspark_agent.turn import TurnTaker, call_with_ctx
+from dspark_agent.turn import TurnTaker
+
+T = TypeVar("T")
 
 if TYPE_CHECKING:
     from dspark_agent.session import Session
@@ -64,30 +77,31 @@ class Core(Generic[DepsT]):
         self._budgets: tuple[Budget, ...] = () if parent is None else parent.budgets
         self._model_session: ModelSession | None = None
         self._token_log: tuple[int, ...] | None = None
+        self.widest = ModelTurn()
+        """What a turn may emit that nothing narrows: the model session was opened with it."""
+        self.epoch = 0
+        """How often the model session was replaced: marks of an older one mean nothing to it."""
         self._busy = False
 
     # -- open, copy, close ---------------------------------------------------------------------
 
-    async def open(self, history: History) -> None:
-        """Open the model's side; go on from ``history`` (from its token log where that fits)."""
-        resumes = history.resumes(self.model.name, tuple(self.runner.tools))
-        widest = self.plan().turn
+    async def open(self, history: History, output_type: Any = UNSET) -> None:
+        """Open the model's side; go on from ``history`` (from its token log where that fits).
+
+        ``output_type`` is that of the steps to come, the agent's own when left out.
+        """
+        widest = self.plan(output_type=output_type, tools=tuple(self.runner.tools)).turn
+        resumes = history.resumes(self.model.name, widest.tool_names)
         token_log = history.token_log if resumes else None
         model_session = await self.model.open(widest, token_log=token_log)
-        sent = history.logged_messages if resumes else 0
-        conversation = Conversation(messages=list(history.messages), sent=sent)
-        self._start(model_session, conversation, self.limits)
-
-    async def take_over(self, other: Core[Any], work: Work) -> None:
-        """Open with the conversation of another agent, under this agent's instructions, and count
-        in that conversation's account."""
-        self.usage = other.usage
-        first, *rest = other.conversation.messages
-        said = [part for part in first.parts if not isinstance(part, SystemPromptPart)]
-        parts = (*await self.instructions(work), *said)
-        begin = [first.model_copy(update={"parts": parts})] if parts else []
-        await self.open(History(messages=(*begin, *rest)))
-        self.conversation.steps = list(other.conversation.steps)
+        self.widest = widest
+        conversation = Conversation(
+            messages=list(history.messages),
+            sent=history.logged_messages if resumes else 0,
+            context_tokens=len(token_log or ()),
+            run_begin=len(history.messages),
+        )
+        self.start(model_session, conversation, self.limits)
 
     async def fork(self, *, shares_limits: bool = False) -> Core[DepsT]:
         """An independent copy of the conversation, which shares the model's work so far; with
@@ -95,25 +109,16 @@ class Core(Generic[DepsT]):
         with self._exclusive():
             model_session = await self.model_session.fork()
         if shares_limits:
-            child = self._sibling(self.context(Work(self._budgets, self._inherited())))
-            child._start(model_session, self.conversation.copy(), None)
+            child = self.sibling(self.context(Work(self._budgets, self._inherited())))
+            child.start(model_session, self.conversation.copy(), None)
         else:
-            child = self._sibling(self._parent)
-            child._start(model_session, self.conversation.copy(), self.limits)
+            child = self.sibling(self._parent)
+            child.start(model_session, self.conversation.copy(), self.limits)
         return child
 
-    async def _branch(
-        self, ctx: RunContext[DepsT], before: Conversation, model_mark: object
-    ) -> Core[DepsT]:
-        """A fork in the middle of a step: the conversation as it was before, as part of ``ctx``."""
-        model_session = await self.model_session.fork()
-        await model_session.rollback(model_mark)
-        child = self._sibling(ctx)
-        child._start(model_session, before.copy(), None)
-        return child
-
-    def _sibling(self, parent: RunContext[Any] | None) -> Core[DepsT]:
-        return Core(
+    def sibling(self, parent: RunContext[Any] | None) -> Core[DepsT]:
+        """Another conversation of this kind, not open yet, as part of ``parent``."""
+        child = Core(
             self.declaration,
             self.model,
             deps=self.deps,
@@ -122,13 +127,17 @@ class Core(Generic[DepsT]):
             on_event=self.on_event,
             parent=parent,
         )
+        child.widest = self.widest
+        child.epoch = self.epoch
+        return child
 
-    def _start(
+    def start(
         self,
         model_session: ModelSession,
         conversation: Conversation,
         limits: UsageLimits | None,
     ) -> None:
+        """Go on with a conversation that ``model_session`` knows; ``limits`` begin now."""
         self._model_session = model_session
         self.conversation = conversation
         if limits is not None:
@@ -140,8 +149,20 @@ class Core(Generic[DepsT]):
             self._token_log = self._model_session.token_log
         model_session, self._model_session = self._model_session, None
         if model_session is not None:
-            with anyio.CancelScope(shield=True):
-                await model_session.close()
+            await self.closed(model_session)
+
+    async def closed(self, model_session: ModelSession) -> None:
+        """Close a model session, whatever is being cancelled."""
+        with anyio.CancelScope(shield=True):
+            await model_session.close()
+
+    async def reopen(self, conversation: Conversation) -> None:
+        """Go on with ``conversation`` in a new model session, which is told all of it anew."""
+        opened = await self.model.open(self.widest)
+        before, self._model_session = self.model_session, opened
+        self.conversation = conversation
+        self.epoch += 1
+        await self.closed(before)
 
     @property
     def is_open(self) -> bool:
@@ -164,14 +185,17 @@ class Core(Generic[DepsT]):
         return History(
             messages=tuple(self.conversation.messages),
             model_name=self.model.name,
-            tool_names=tuple(self.runner.tools),
+            tool_names=self.widest.tool_names or tuple(self.runner.tools),
             token_log=self._token_log if opened is None else opened.token_log,
             logged_messages=self.conversation.sent,
         )
 
-    async def rollback(self, conversation: Conversation, model_mark: object) -> None:
+    async def rollback(self, conversation: Conversation, model_mark: object, epoch: int) -> None:
         """Go back to a copy of the conversation and the model's mark of the same moment."""
         with self._exclusive():
+            if epoch != self.epoch:
+                await self.reopen(replace(conversation.copy(), sent=0))
+                return
             await self.model_session.rollback(model_mark)
             self.conversation = conversation.copy()
 
@@ -215,6 +239,32 @@ class Core(Generic[DepsT]):
                     await self.model_session.rollback(model_mark)
                 raise
 
+    async def committed(self, work: Work, turns: Callable[[], Awaitable[T]]) -> T:
+        """What ``turns`` comes to: whole or not at all, after shortening the conversation where the
+        agent's :class:`Compaction` says so.
+
+        ``turns`` is taken again only if it failed before the model had written anything.
+        """
+        policy = self.declaration.compaction
+        if policy is None:
+            async with self.whole_or_not_at_all():
+                return await turns()
+        window = self.model_session.context_window
+        if policy.is_due(self.conversation.context_tokens, window):
+            with self._exclusive():
+                await compact(self, work, policy, CompactionReason.SHARE)
+        while True:
+            requests = self.usage.requests
+            try:
+                async with self.whole_or_not_at_all():
+                    return await turns()
+            except ContextLengthError:
+                if self.usage.requests != requests:
+                    raise
+                with self._exclusive():
+                    if not await compact(self, work, policy, CompactionReason.OVERFLOW):
+                        raise
+
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         if self._busy:
@@ -239,8 +289,12 @@ class Core(Generic[DepsT]):
         settings: ModelSettings | None = None,
         retries: int | None = None,
     ) -> StepPlan:
-        """The plan of a step: see :meth:`Declaration.plan`."""
-        return self.declaration.plan(
+        """The plan of a step: see :meth:`Declaration.plan`.
+
+        Raises:
+            UserError: besides, an output tool was not told to the model when the session opened.
+        """
+        plan = self.declaration.plan(
             output_type=output_type,
             tools=tools,
             tool_choice=tool_choice,
@@ -253,6 +307,18 @@ class Core(Generic[DepsT]):
             ),
             retries=retries,
         )
+        if self.is_open:
+            self._check_told(plan)
+        return plan
+
+    def _check_told(self, plan: StepPlan) -> None:
+        for name, tool in plan.output.tools.items():
+            if tool.definition not in self.widest.tools:
+                raise UserError(
+                    f"output tool {name!r} is unknown to this session: a model is told of its "
+                    "tools once, at the beginning; make it the agent's (or run's) output_type, or "
+                    "ask for the bare type"
+                )
 
     def context(self, work: Work) -> RunContext[DepsT]:
         """The run as the agent's functions see it now."""
@@ -272,6 +338,7 @@ class Core(Generic[DepsT]):
 
         Raises:
             UserError: there is nothing the model has to answer.
+            GuardrailTripped: an input guard stops the run.
         """
         if self.conversation.has_open_calls:
             raise UserError(
@@ -281,6 +348,8 @@ class Core(Generic[DepsT]):
         if not self.conversation.messages:
             self.conversation.ask(*await self.instructions(work))
         if prompt is not None:
+            guards = self.declaration.input_guards
+            await check_guards(guards, self.context(work), prompt, place="input")
             self.conversation.ask(UserPromptPart(content=prompt))
         elif not self.conversation.has_news:
             raise UserError("nothing to answer: the model had the last word; give a prompt")
@@ -296,15 +365,18 @@ class Core(Generic[DepsT]):
 
     async def take(self, plan: StepPlan, work: Work, attempt: int) -> StepResult[Any]:
         """One turn: see :meth:`TurnTaker.take`."""
-        taker = TurnTaker(self.model_session, self.runner, self.on_event, self.usage)
         ctx = self.context(work)
         before, model_mark = self.conversation.copy(), self.model_session.mark()
 
         async def fork() -> Session[DepsT, Any]:
             from dspark_agent.session import Session  # which is made of cores
 
-            return Session(await self._branch(ctx, before, model_mark), History())
+            return Session(await branched(self, ctx, before, model_mark), History())
 
+        self._say_format(plan)
+        taker = TurnTaker(
+            self.model_session, self.runner, self.on_event, self.usage, self.declaration.hooks
+        )
         return await taker.take(
             self.conversation,
             plan,
@@ -312,3 +384,11 @@ class Core(Generic[DepsT]):
             budgets=work.budgets,
             attempt=attempt,
         )
+
+    def _say_format(self, plan: StepPlan) -> None:
+        """What a PromptedOutput has to say, once a conversation."""
+        prompt = plan.output.prompt
+        if prompt is None or plan.needs_call or prompt in self.conversation.told:
+            return
+        self.conversation.told |= {prompt}
+        self.conversation.ask(UserPromptPart(content=prompt))

@@ -112,6 +112,21 @@ class ToolRetriesExceeded(UnexpectedModelBehavior):
         self.retries = retries
 
 
+class GuardrailTripped(DSparkError):  # noqa: N818 - reads as the event it reports
+    """A guard stopped the run: ``guard`` is its name, ``reason`` what it gave.
+
+    ``place`` is ``input`` (nothing was sent to the model) or ``output`` (the step was undone);
+    ``value`` the prompt or output that it stopped.
+    """
+
+    def __init__(self, guard: str, reason: str, *, place: str, value: object) -> None:
+        super().__init__(f"{place} guard {guard!r} stopped the run: {reason}")
+        self.guard = guard
+        self.reason = reason
+        self.place = place
+        self.value = value
+
+
 class UsageLimitExceeded(DSparkError):  # noqa: N818 - the name pydantic-ai's users know
     """A limit of :class:`~dspark_agent.UsageLimits` was reached; ``limit_name`` says which, and
     ``limits`` is the object it belongs to."""

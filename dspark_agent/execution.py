@@ -10,11 +10,13 @@ from typing import Any, Generic
 import anyio
 from pydantic import ValidationError
 
+from dspark_agent import hooks
 from dspark_agent.context import DepsT, RunContext
 from dspark_agent.errors import ModelRetry, ToolFailed, ToolRetriesExceeded
 from dspark_agent.function_schema import validation_text
+from dspark_agent.hooks import Hooks
+from dspark_agent.json_schema import complaints
 from dspark_agent.messages import RetryPromptPart, ToolCallPart, ToolReturnPart
-from dspark_agent.output import complaints
 from dspark_agent.tools import Tool, ToolDefinition
 
 ToolPart = ToolReturnPart | RetryPromptPart
@@ -42,6 +44,7 @@ class ToolRunner(Generic[DepsT]):
     tools: Mapping[str, Tool[DepsT]]
     retries: int = 1
     timeout: float | None = None
+    hooks: tuple[Hooks[DepsT], ...] = ()
 
     async def run(
         self,
@@ -67,7 +70,7 @@ class ToolRunner(Generic[DepsT]):
 
         async def run_one(index: int) -> None:
             began = time.perf_counter()
-            part = await self._call(calls[index], offered, ctx, count)
+            part = await self._hooked(calls[index], offered, ctx, count)
             results[index] = part
             await on_result(index, part, time.perf_counter() - began)
 
@@ -91,12 +94,34 @@ class ToolRunner(Generic[DepsT]):
         if batch:
             yield batch
 
-    async def _call(
+    async def _hooked(
         self,
         call: ToolCallPart,
         offered: Mapping[str, ToolDefinition],
         ctx: RunContext[DepsT],
         count: RetryCount,
+    ) -> ToolPart:
+        """One call with the hooks around it."""
+        ctx = replace(
+            ctx,
+            retry=count.by_tool.get(call.tool_name, 0),
+            max_retries=self._retries_of(call.tool_name),
+            tool_name=call.tool_name,
+            tool_call_id=call.tool_call_id,
+        )
+        try:
+            hooked = await hooks.before_tool(self.hooks, ctx, call)
+            part = await self._call(hooked, offered, ctx)
+            return await hooks.after_tool(self.hooks, ctx, hooked, part)
+        except ModelRetry as error:
+            return RetryPromptPart(
+                content=error.message, tool_name=call.tool_name, tool_call_id=call.tool_call_id
+            )
+        except ToolFailed as error:
+            return _failed(call, error)
+
+    async def _call(
+        self, call: ToolCallPart, offered: Mapping[str, ToolDefinition], ctx: RunContext[DepsT]
     ) -> ToolPart:
         def retry(reason: str) -> RetryPromptPart:
             return RetryPromptPart(
@@ -114,24 +139,12 @@ class ToolRunner(Generic[DepsT]):
         narrowed = offered[call.tool_name].parameters
         if narrowed is not tool.schema.parameters and (found := complaints(narrowed, call.args)):
             return retry("\n".join(["Wrong arguments for this step:", *found]))
-        own_ctx = replace(
-            ctx,
-            retry=count.by_tool.get(call.tool_name, 0),
-            max_retries=self._retries_of(call.tool_name),
-            tool_name=call.tool_name,
-            tool_call_id=call.tool_call_id,
-        )
         try:
-            return await self._return_of(tool, own_ctx, arguments, call, retry)
+            return await self._return_of(tool, ctx, arguments, call, retry)
         except ModelRetry as error:
             return retry(error.message)
         except ToolFailed as error:
-            return ToolReturnPart(
-                tool_name=call.tool_name,
-                content=error.message,
-                tool_call_id=call.tool_call_id,
-                outcome="failed",
-            )
+            return _failed(call, error)
 
     async def _return_of(
         self,
@@ -168,6 +181,15 @@ class ToolRunner(Generic[DepsT]):
             count.by_tool[name] = count.by_tool.get(name, 0) + 1
             if count.by_tool[name] > self._retries_of(name):
                 raise ToolRetriesExceeded(name, reason, retries=self._retries_of(name))
+
+
+def _failed(call: ToolCallPart, error: ToolFailed) -> ToolReturnPart:
+    return ToolReturnPart(
+        tool_name=call.tool_name,
+        content=error.message,
+        tool_call_id=call.tool_call_id,
+        outcome="failed",
+    )
 
 
 async def _all(jobs: Sequence[tuple[Callable[[int], Awaitable[None]], int]]) -> None:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, TypeAdapter
 
 from dspark_agent.errors import SchemaError
 from dspark_agent.function_schema import FunctionSchema, checked_place, without_titles
-from dspark_agent.output import JsonSchema, complaints
+from dspark_agent.json_schema import JsonSchema, complaints
 
 
 def given_schema(

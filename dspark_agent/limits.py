@@ -41,6 +41,11 @@ class RunUsage(RequestUsage):
         for account in self._accounts():
             account.requests += 1
 
+    def uncount_request(self) -> None:
+        """Take back a turn that did not fit into the model's context: nothing was computed."""
+        for account in self._accounts():
+            account.requests -= 1
+
     def count_tokens(self, turn: RequestUsage) -> None:
         """Count the tokens of one model turn."""
         for account in self._accounts():

@@ -24,8 +24,9 @@ class StepMetrics(BaseModel):
 
     The parts (queue, prefill, decode, grammar, draft, verify, tool, overhead) add up to
     ``total_s``; ``ttft_s``, from the step's begin to its first new token, is not part of the sum.
-    Models that cannot look inside (a remote one) report prefill as the time to the first token
-    and decode as the rest. ``proposed`` and ``accepted`` count speculated tokens by source.
+    Models that cannot look inside (a remote one) report prefill as the time to the first token,
+    decode as the rest, and requests that failed and the pauses after them as queue. ``proposed``
+    and ``accepted`` count speculated tokens by source.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -15,7 +15,8 @@ from dspark_agent.events import (
     ToolCallStart,
 )
 from dspark_agent.models.base import CallChunk, CallEnd, CallStart, ModelEvent, TextChunk
-from dspark_agent.output import Output, Partial
+from dspark_agent.output import Output
+from dspark_agent.typed_output import Partial
 
 EventHandler = Callable[[AgentEvent], Awaitable[None] | None]
 """A caller's listener, sync or async; it is awaited, so a slow one slows the run."""
@@ -28,6 +29,7 @@ class EventRelay:
         self._handler = handler
         self.step = step
         self._output = output
+        self._read = output.partial
         self._text = ""
         self._partial: Partial | None = None
 
@@ -49,8 +51,12 @@ class EventRelay:
                 await self._send_partial(delta)
             case CallStart(index, tool_name):
                 await self.send(ToolCallStart(self.step, index, tool_name))
+                final = self._output.tools.get(tool_name)
+                self._read = _unread if final is None else final.partial
+                self._text = ""
             case CallChunk(index, delta):
                 await self.send(ToolCallDelta(self.step, index, delta))
+                await self._send_partial(delta)
             case CallEnd(index, call):
                 await self.send(ToolCallEnd(self.step, index, call))
             case _:
@@ -58,7 +64,12 @@ class EventRelay:
 
     async def _send_partial(self, delta: str) -> None:
         self._text += delta
-        partial = self._output.partial(self._text)
+        partial = self._read(self._text)
         if partial is not None and partial != self._partial:
             self._partial = partial
             await self.send(PartialOutput(self.step, partial.data, partial.value))
+
+
+def _unread(text: str) -> Partial | None:
+    """The arguments of a call that is not the answer."""
+    return None

@@ -8,10 +8,12 @@ from typing import Any, Generic
 
 from typing_extensions import TypeVar
 
+from dspark_agent.branching import take_over
 from dspark_agent.context import DepsT
 from dspark_agent.core import Core, Work
 from dspark_agent.delegation import Handoff
 from dspark_agent.errors import UserError
+from dspark_agent.events import ContextCompacted
 from dspark_agent.history import History
 from dspark_agent.limits import RunUsage, UsageLimits
 from dspark_agent.messages import ModelRequest, ModelResponse, ToolReturnPart
@@ -27,7 +29,8 @@ class RunResult(Generic[OutT_co]):
 
     ``usage`` is what it used; ``steps`` its model turns, each with its metrics; ``history`` the
     whole conversation, to go on from. ``agent_name`` says whose output it is: the agent's, or that
-    of the one it was handed over to last.
+    of the one it was handed over to last. ``compactions`` say when the conversation was shortened
+    to fit the model's context, and hold what was left out.
     """
 
     output: OutT_co
@@ -35,10 +38,12 @@ class RunResult(Generic[OutT_co]):
     steps: tuple[StepResult[Any], ...]
     history: History
     new_from: int
+    compactions: tuple[ContextCompacted, ...] = ()
     agent_name: str = ""
 
     def all_messages(self) -> list[ModelRequest | ModelResponse]:
-        """The whole conversation, the history that the run started from included."""
+        """The whole conversation, the history that the run started from included; where it was
+        shortened, as the model sees it now (see ``compactions``)."""
         return list(self.history.messages)
 
     def new_messages(self) -> list[ModelRequest | ModelResponse]:
@@ -69,7 +74,8 @@ class AgentRun(Generic[DepsT, OutT_co]):
         self._attempt = 1
         self._output: OutT_co | Unset = UNSET
         self._first_step = len(core.conversation.steps)
-        self._first_message = len(core.conversation.messages)
+        self._first_compaction = len(core.conversation.compactions)
+        core.conversation.run_begin = len(core.conversation.messages)
         self._start_usage = core.usage.model_copy()
 
     @property
@@ -88,6 +94,11 @@ class AgentRun(Generic[DepsT, OutT_co]):
         return tuple(self._core.conversation.steps[self._first_step :])
 
     @property
+    def history(self) -> History:
+        """The conversation so far; a step that failed is no part of it."""
+        return self._core.history()
+
+    @property
     def result(self) -> RunResult[OutT_co]:
         """What the run came to.
 
@@ -102,7 +113,8 @@ class AgentRun(Generic[DepsT, OutT_co]):
             usage=core.usage.since(self._start_usage),
             steps=self.steps,
             history=core.history(),
-            new_from=self._first_message,
+            new_from=core.conversation.run_begin,
+            compactions=tuple(core.conversation.compactions[self._first_compaction :]),
             agent_name=core.declaration.name,
         )
 
@@ -144,16 +156,21 @@ class AgentRun(Generic[DepsT, OutT_co]):
             settings=settings,
         )
         with core.work(limits, self._work) as work:
-            async with core.whole_or_not_at_all():
+
+            async def turns() -> StepResult[Any]:
                 if not self._asked:
                     await core.ask(self._prompt, work)
-                result = await core.take(plan, work, self._attempt)
+                return await core.take(plan, work, self._attempt)
+
+            result = await core.committed(work, turns)
         self._asked = True
-        refused = result.retry_reason is not None and not result.tool_calls
+        finals = any(call.tool_name in plan.turn.output_tools for call in result.tool_calls)
+        refused = result.retry_reason is not None and (finals or not result.tool_calls)
         self._attempt = self._attempt + 1 if refused else 1
         self._output = result.value
-        for handoff in _handoffs(core, result)[:1]:
-            await self._hand_over(handoff)
+        if not self.is_done:
+            for handoff in _handoffs(core, result)[:1]:
+                await self._hand_over(handoff)
         return result
 
     async def _hand_over(self, handoff: Handoff[DepsT]) -> None:
@@ -164,13 +181,11 @@ class AgentRun(Generic[DepsT, OutT_co]):
         before = self._core
         after = self._successor(handoff)
         try:
-            await after.take_over(before, self._work)
+            await take_over(after, before, self._work, self._output_type)
         except BaseException:
             await after.close()
             raise
         self._core = after
-        gone = len(before.conversation.messages) - len(after.conversation.messages)
-        self._first_message = max(0, self._first_message - gone)
         await before.close()
 
 

@@ -11,10 +11,11 @@ from typing_extensions import TypeVar
 from dspark_agent.context import DepsT
 from dspark_agent.conversation import Conversation
 from dspark_agent.core import Core
+from dspark_agent.events import ContextCompacted
 from dspark_agent.history import History
 from dspark_agent.limits import RunUsage, UsageLimits
 from dspark_agent.messages import ModelRequest, ModelResponse
-from dspark_agent.output import JsonSchema
+from dspark_agent.outputs import OutputForm
 from dspark_agent.run import AgentRun, RunResult
 from dspark_agent.settings import ModelSettings
 from dspark_agent.step import UNSET, StepResult
@@ -32,6 +33,7 @@ class SessionMark:
 
     conversation: Conversation
     model_mark: object
+    epoch: int
 
 
 class Session(Generic[DepsT, OutT]):
@@ -61,6 +63,11 @@ class Session(Generic[DepsT, OutT]):
     def steps(self) -> tuple[StepResult[Any], ...]:
         """The model turns of this session, in order; refused ones included."""
         return tuple(self._core.conversation.steps)
+
+    @property
+    def compactions(self) -> tuple[ContextCompacted, ...]:
+        """Every time the conversation was shortened; see :class:`Compaction`."""
+        return tuple(self._core.conversation.compactions)
 
     @property
     def history(self) -> History:
@@ -99,14 +106,14 @@ class Session(Generic[DepsT, OutT]):
         self,
         prompt: str | None = None,
         *,
-        output_type: JsonSchema,
+        output_type: OutputForm[T],
         tools: Sequence[str] | None = None,
         tool_choice: str | None = None,
         args: Mapping[str, Any] | None = None,
         settings: ModelSettings | None = None,
         limits: UsageLimits | None = None,
         retries: int | None = None,
-    ) -> StepResult[Any]: ...
+    ) -> StepResult[T]: ...
     async def step(
         self,
         prompt: str | None = None,
@@ -155,12 +162,15 @@ class Session(Generic[DepsT, OutT]):
             retries=retries,
         )
         with core.work(limits) as work:
-            async with core.whole_or_not_at_all():
+
+            async def turns() -> StepResult[Any]:
                 await core.ask(prompt, work)
                 attempt = 1
                 while (result := await core.take(plan, work, attempt)).retry_reason is not None:
                     attempt += 1
-        return result
+                return result
+
+            return await core.committed(work, turns)
 
     @overload
     async def run(
@@ -179,9 +189,9 @@ class Session(Generic[DepsT, OutT]):
         self,
         prompt: str | None = None,
         *,
-        output_type: JsonSchema,
+        output_type: OutputForm[T],
         limits: UsageLimits | None = None,
-    ) -> RunResult[Any]: ...
+    ) -> RunResult[T]: ...
     async def run(
         self,
         prompt: str | None = None,
@@ -208,11 +218,12 @@ class Session(Generic[DepsT, OutT]):
 
     def mark(self) -> SessionMark:
         """Where the session stands, to :meth:`rollback` to."""
-        return SessionMark(self._core.conversation.copy(), self._core.model_session.mark())
+        core = self._core
+        return SessionMark(core.conversation.copy(), core.model_session.mark(), core.epoch)
 
     async def rollback(self, mark: SessionMark) -> None:
         """Forget everything since ``mark`` (what tools did outside stays done)."""
-        await self._core.rollback(mark.conversation, mark.model_mark)
+        await self._core.rollback(mark.conversation, mark.model_mark, mark.epoch)
 
     async def fork(self, *, shares_limits: bool = False) -> Session[DepsT, OutT]:
         """An independent session that starts with all that was said in this one.

@@ -31,6 +31,8 @@ class StepKind(StrEnum):
 
 OutputValidator = Callable[..., Any]
 """``(output)`` or ``(ctx, output)``, sync or async; gives back the output or raises ModelRetry."""
+OutputGuard = Callable[..., Any]
+"""``(output)`` or ``(ctx, output)``, sync or async; gives None, or why the run has to stop."""
 
 
 class Unset(Enum):
@@ -49,7 +51,7 @@ class StepPlan:
 
     ``tools`` are a choice of the agent's; ``tool_choice`` is ``auto``, ``required``, ``none`` or
     the name of one; ``retries`` is how often a refused output is asked for again; ``validators``
-    look at the output after its type has.
+    look at the output after its type has, ``guards`` after them.
     """
 
     output: Output[Any]
@@ -58,6 +60,7 @@ class StepPlan:
     settings: ModelSettings
     retries: int
     validators: tuple[OutputValidator, ...] = ()
+    guards: tuple[OutputGuard, ...] = ()
 
     @property
     def needs_call(self) -> bool:
@@ -67,21 +70,26 @@ class StepPlan:
     @property
     def turn(self) -> ModelTurn:
         """What the model is told that it may emit."""
+        finals = {} if self.needs_call else self.output.tools
+        choice = self.tool_choice if self.tools else "none"
+        if finals:
+            choice = "auto" if self.output.answers_in_writing else "required"
         return ModelTurn(
-            tools=self.tools,
-            tool_choice=self.tool_choice if self.tools else "none",
+            tools=(*self.tools, *(tool.definition for tool in finals.values())),
+            tool_choice=choice,
             output_schema=None if self.needs_call else self.output.schema,
             allow_text=self.output.allow_text and not self.needs_call,
             settings=self.settings,
+            output_tools=tuple(finals),
         )
 
     @property
     def kind(self) -> StepKind:
         if self.needs_call:
             return StepKind.TOOL_CALL
-        if self.tools:
+        if self.tools or (self.output.tools and self.output.answers_in_writing):
             return StepKind.MIXED
-        if self.output.schema is None:
+        if self.output.schema is None and not self.output.tools:
             return StepKind.TEXT
         return StepKind.MIXED if self.output.allow_text else StepKind.TYPED_RESULT
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic
 
-from dspark_agent import budget
+from dspark_agent import budget, hooks
+from dspark_agent.answer import Answer, AnswerCheck
 from dspark_agent.budget import Budget
 from dspark_agent.context import DepsT, RunContext
 from dspark_agent.conversation import Conversation
-from dspark_agent.errors import ModelRetry, OutputError
+from dspark_agent.errors import ContextLengthError
 from dspark_agent.events import StepEnd, StepStart, ToolResult
 from dspark_agent.execution import ToolPart, ToolRunner
+from dspark_agent.hooks import Hooks
 from dspark_agent.limits import RunUsage
-from dspark_agent.messages import FinishReason, ModelResponse, RetryPromptPart
+from dspark_agent.messages import ModelResponse, RetryPromptPart
 from dspark_agent.models.base import ModelSession, ModelTurn
 from dspark_agent.relay import EventHandler, EventRelay
 from dspark_agent.settings import ModelSettings, merge_settings
-from dspark_agent.step import UNSET, StepPlan, StepResult, Unset
+from dspark_agent.step import StepPlan, StepResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class TurnTaker(Generic[DepsT]):
     runner: ToolRunner[DepsT]
     handler: EventHandler | None
     usage: RunUsage
+    hooks: tuple[Hooks[DepsT], ...] = ()
 
     async def take(
         self,
@@ -50,33 +52,38 @@ class TurnTaker(Generic[DepsT]):
             UsageLimitExceeded: before the model is asked, or before its tools are run.
             OutputError: the output was refused ``plan.retries`` times already.
             ToolRetriesExceeded: a tool was.
+            GuardrailTripped: an output guard stopped the run.
         """
         began = time.perf_counter()
         index = len(conversation.steps)
         relay = EventRelay(self.handler, index, plan.output)
         budget.check_request(budgets)
         self.usage.count_request()
-        turn = self._turn(conversation, plan, budgets)
+        turn = await hooks.before_model(self.hooks, ctx, self._turn(conversation, plan, budgets))
         await relay.send(StepStart(index, plan.kind, attempt))
-        response = await self.model.step(conversation.unsent, turn, relay.on_model)
+        try:
+            response = await self.model.step(conversation.unsent, turn, relay.on_model)
+        except ContextLengthError:
+            self.usage.uncount_request()
+            raise
         conversation.heard(response)
         self.usage.count_tokens(response.usage)
         ctx = replace(ctx, messages=tuple(conversation.messages))
+        await hooks.after_model(self.hooks, ctx, response)
 
-        value: Any = UNSET
-        reason: str | None = None
+        check = AnswerCheck(plan, replace(ctx, retry=attempt - 1), attempt)
         parts: list[ToolPart] = []
         tools_began = time.perf_counter()
         if response.tool_calls:
-            parts = await self._run_calls(conversation, response, turn, ctx, budgets, relay)
-            reason = _refusal(parts)
-            conversation.ask(*parts)
+            answer, parts = await self._take_calls(
+                conversation, response, turn, check, budgets, relay
+            )
             tool_s = time.perf_counter() - tools_began
         else:
-            value, reason = await self._check_output(response, plan, ctx, attempt)
+            answer = await check.written(response)
             tool_s = 0.0
-            if reason is not None:
-                conversation.ask(RetryPromptPart(content=reason))
+            if answer.reason is not None:
+                conversation.ask(RetryPromptPart(content=answer.reason))
         result: StepResult[Any] = StepResult(
             index=index,
             kind=plan.kind,
@@ -84,8 +91,8 @@ class TurnTaker(Generic[DepsT]):
             tool_results=tuple(parts),
             metrics=response.metrics.closed(total_s=time.perf_counter() - began, tool_s=tool_s),
             attempts=attempt,
-            retry_reason=reason,
-            value=value,
+            retry_reason=answer.reason,
+            value=answer.value,
         )
         conversation.steps.append(result)
         await relay.send(StepEnd(index, result))
@@ -104,67 +111,67 @@ class TurnTaker(Generic[DepsT]):
             settings["max_tokens"] = min(limit, settings.get("max_tokens", limit))
         return replace(replace(plan, tools=tools).turn, settings=settings)
 
-    async def _run_calls(
+    async def _take_calls(
         self,
         conversation: Conversation,
         response: ModelResponse,
         turn: ModelTurn,
-        ctx: RunContext[DepsT],
+        check: AnswerCheck,
+        budgets: Sequence[Budget],
+        relay: EventRelay,
+    ) -> tuple[Answer, list[ToolPart]]:
+        """Run the calls, then read the answer in those of output tools. One part each, in order.
+
+        A call of a tool beside the answer is run as any other: what a model does is never dropped.
+        """
+        calls = response.tool_calls
+        finals = [i for i, call in enumerate(calls) if call.tool_name in turn.output_tools]
+        tools = [i for i in range(len(calls)) if i not in finals]
+        parts: dict[int, ToolPart] = {}
+        answer = Answer()
+        if tools:
+            run = await self._run_tools(conversation, response, tools, turn, check, budgets, relay)
+            parts.update(zip(tools, run, strict=True))
+            answer = Answer(reason=_refusal(run))
+        if finals:
+            began = time.perf_counter()
+            answer, told = await check.called(response, [calls[i] for i in finals])
+            for index, part in zip(finals, told, strict=True):
+                parts[index] = part
+                await relay.send(ToolResult(relay.step, index, part, time.perf_counter() - began))
+        ordered = [parts[index] for index in range(len(calls))]
+        conversation.ask(*ordered)
+        return answer, ordered
+
+    async def _run_tools(
+        self,
+        conversation: Conversation,
+        response: ModelResponse,
+        places: Sequence[int],
+        turn: ModelTurn,
+        check: AnswerCheck,
         budgets: Sequence[Budget],
         relay: EventRelay,
     ) -> list[ToolPart]:
-        calls = response.tool_calls
+        calls = [response.tool_calls[place] for place in places]
         budget.check_tool_calls(budgets, len(calls))
         self.usage.count_tool_calls(len(calls))
         notes = conversation.repeats.record(calls)
 
         async def on_result(index: int, part: ToolPart, seconds: float) -> None:
             noted = part.model_copy(update={"note": notes[index]})
-            await relay.send(ToolResult(relay.step, index, noted, seconds))
+            await relay.send(ToolResult(relay.step, places[index], noted, seconds))
 
         parts = await self.runner.run(
             calls,
             offered={tool.name: tool for tool in turn.tools},
-            ctx=ctx,
+            ctx=check.ctx,
             count=conversation.retries,
             on_result=on_result,
         )
         return [
             part.model_copy(update={"note": note}) for part, note in zip(parts, notes, strict=True)
         ]
-
-    async def _check_output(
-        self, response: ModelResponse, plan: StepPlan, ctx: RunContext[DepsT], attempt: int
-    ) -> tuple[Any | Unset, str | None]:
-        try:
-            return await self._output(response, plan, replace(ctx, retry=attempt - 1)), None
-        except ModelRetry as error:
-            reason = error.message
-        if response.finish_reason is FinishReason.LENGTH:
-            reason = f"The answer was cut off at the token limit; be shorter. {reason}"
-        if attempt > plan.retries:
-            raise OutputError(reason, text=response.text, attempts=attempt)
-        return UNSET, reason
-
-    async def _output(self, response: ModelResponse, plan: StepPlan, ctx: RunContext[DepsT]) -> Any:
-        if plan.needs_call:
-            raise ModelRetry("This step needs a tool call, not an answer.")
-        if not response.text.strip():
-            raise ModelRetry("The answer was empty.")
-        output = plan.output.validate(response.text)
-        for validator in plan.validators:
-            output = await call_with_ctx(validator, ctx, output)
-        return output
-
-
-async def call_with_ctx(function: Callable[..., Any], ctx: RunContext[Any], *args: Any) -> Any:
-    """Call ``function(ctx, *args)``, or ``function(*args)`` where it takes no context; await the
-    answer if it is awaitable."""
-    takes = len(inspect.signature(function).parameters)
-    answer = function(ctx, *args) if takes > len(args) else function(*args)
-    if isinstance(answer, Awaitable):
-        return await answer
-    return answer
 
 
 def _settings(conversation: Conversation, given: ModelSettings) -> ModelSettings:

@@ -172,6 +172,48 @@ def quality(
     _write(report, json_file)
 
 
+@app.command()
+def cost(
+    model: Model,
+    json_file: Json,
+    drafter: Drafter = None,
+    precision: Precision = None,
+    threads: Threads = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="For the table's repetitions.")] = 10.0,
+) -> None:
+    """Seconds of a pass and of a draft by their size; kept for this machine. A plot beside it."""
+    from dspark_backend.bench.cost import CostSettings, plot_cost, run_cost
+    from dspark_backend.bench.table import cost_table
+
+    settings = CostSettings(
+        model=model, precision=precision, threads=threads, drafter=drafter, seconds=seconds
+    )
+    _writable(json_file)
+    with model_bars() as downloads:
+        report = run_cost(settings, progress=downloads)
+    out().print(cost_table(report))
+    _write(report, json_file)
+    plot = json_file.with_suffix(".png")
+    plot_cost(report, plot)
+    err().print(f"[note]wrote {plot}[/]")
+
+
+@app.command()
+def overhead(
+    json_file: Json,
+    steps: Annotated[int, typer.Option(min=10, help="Steps of a conversation.")] = 200,
+    rounds: Annotated[int, typer.Option(min=1, help="Conversations of each kind of step.")] = 5,
+) -> None:
+    """What the SDK itself adds to a step, with a model that answers at once."""
+    from dspark_agent.cli.overhead import OverheadSettings, overhead_table, run_overhead
+
+    _writable(json_file)
+    with _counter("conversations") as counted:
+        report = run_overhead(OverheadSettings(steps=steps, rounds=rounds), on_step=counted)
+    out().print(overhead_table(report))
+    _write(report, json_file)
+
+
 @contextmanager
 def _counter(what: str) -> Iterator[Counted]:
     """A bar that counts ``what``, drawn from the first report on."""

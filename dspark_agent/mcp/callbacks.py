@@ -10,6 +10,7 @@ from typing import Any
 import mcp_types as types
 
 from dspark_agent.errors import DSparkError
+from dspark_agent.json_schema import complaints
 from dspark_agent.limits import RunUsage, UsageLimits
 from dspark_agent.messages import (
     FinishReason,
@@ -21,7 +22,6 @@ from dspark_agent.messages import (
 )
 from dspark_agent.models import infer_model
 from dspark_agent.models.base import Model, ModelEvent, ModelTurn
-from dspark_agent.output import complaints
 from dspark_agent.settings import ModelSettings
 
 SamplingHook = Callable[[str, str], Awaitable[bool] | bool]

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import mcp
 
 from dspark_agent.errors import MCPProtocolError, SchemaError
+from dspark_agent.json_schema import JsonSchema
 from dspark_agent.mcp.approvals import Definition
-from dspark_agent.output import JsonSchema
 
 T = TypeVar("T")
 MAX_PAGES = 100

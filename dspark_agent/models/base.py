@@ -25,7 +25,8 @@ class ModelTurn:
 
     ``tools`` is this turn's choice, a part of the tools the session was opened with.
     ``tool_choice`` is ``auto``, ``required``, ``none`` or a tool's name. ``output_schema`` is a
-    JSON Schema of type object for the typed result, None when there is none.
+    JSON Schema of type object for the typed result, None when there is none. ``output_tools`` are
+    the names of those of the tools whose call is the answer.
     """
 
     tools: tuple[ToolDefinition, ...] = ()
@@ -33,6 +34,7 @@ class ModelTurn:
     output_schema: Mapping[str, Any] | None = None
     allow_text: bool = True
     settings: ModelSettings = field(default_factory=ModelSettings)
+    output_tools: tuple[str, ...] = ()
 
     @property
     def tool_names(self) -> tuple[str, ...]:
@@ -111,6 +113,11 @@ class ModelSession(ABC):
     @property
     def token_log(self) -> tuple[int, ...] | None:
         """The tokens of the conversation so far, where the model keeps them."""
+        return None
+
+    @property
+    def context_window(self) -> int | None:
+        """How many tokens a conversation may hold, where the model knows."""
         return None
 
     async def close(self) -> None:  # noqa: B027 - nothing to free is a fine default

@@ -183,6 +183,10 @@ class _DSparkSession(ModelSession):
     def token_log(self) -> tuple[int, ...]:
         return self._session.tokens or self._resumed
 
+    @property
+    def context_window(self) -> int:
+        return self._engine.max_context
+
     async def step(
         self, messages: Sequence[ModelRequest | ModelResponse], turn: ModelTurn, emit: Emit
     ) -> ModelResponse:

@@ -13,16 +13,17 @@ import pytest
 import dspark_agent
 
 SURFACE = (
-    "Agent AgentEvent AgentRun ContextLengthError DSparkError DSparkModel DeadlineExceeded "
-    "EventStream FinishReason FunctionModel FunctionToolset Handoff History JsonSchema Model "
-    "ModelError ModelHTTPError ModelMessage ModelMessagesTypeAdapter ModelNotFoundError "
-    "ModelRequest ModelResponse ModelRetry ModelSession ModelSettings ModelTurn OpenAIModel "
-    "OutputError PartialOutput RequestUsage RetryPromptPart RunCancelled RunContext "
+    "Agent AgentEvent AgentRun Compaction ContextCompacted ContextLengthError DSparkError "
+    "DSparkModel DeadlineExceeded EventStream FinishReason FunctionModel FunctionToolset "
+    "GuardrailTripped Handoff History Hooks JsonSchema Model ModelError ModelHTTPError "
+    "ModelMessage ModelMessagesTypeAdapter ModelNotFoundError ModelRequest ModelResponse "
+    "ModelRetry ModelSession ModelSettings ModelTurn NativeOutput OpenAIModel OutputError "
+    "PartialOutput PromptedOutput RequestUsage RetryPromptPart RunCancelled RunContext "
     "RunResult RunUsage SchemaError Session SessionClosedError StepEnd StepKind StepMetrics "
-    "StepResult StepStart SystemPromptPart TestModel TextDelta TextPart Tool ToolCallDelta "
-    "ToolCallEnd ToolCallPart ToolCallStart ToolDefinition ToolFailed ToolResult "
-    "ToolRetriesExceeded ToolReturnPart UnexpectedModelBehavior UsageLimitExceeded "
-    "UsageLimits UserError UserPromptPart fan_out infer_model tool"
+    "StepResult StepStart SystemPromptPart TestModel TextDelta TextOutput TextPart Tool "
+    "ToolCallDelta ToolCallEnd ToolCallPart ToolCallStart ToolDefinition ToolFailed "
+    "ToolOutput ToolResult ToolRetriesExceeded ToolReturnPart UnexpectedModelBehavior "
+    "UsageLimitExceeded UsageLimits UserError UserPromptPart fan_out infer_model tool"
 )
 NAMES = SURFACE.split(" ")
 
