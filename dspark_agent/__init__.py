@@ -10,10 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from dspark_agent.agent import Agent
 from dspark_agent.context import RunContext
+from dspark_agent.deferred import (
+    DeferredToolRequests,
+    DeferredToolResults,
+    ToolApproved,
+    ToolDenied,
+)
 from dspark_agent.errors import (
+    ApprovalRequired,
     ContextLengthError,
     DeadlineExceeded,
     DSparkError,
+    JournalError,
+    JournalLockedError,
     ModelError,
     ModelHTTPError,
     ModelNotFoundError,
@@ -23,6 +32,7 @@ from dspark_agent.errors import (
     SchemaError,
     SessionClosedError,
     ToolFailed,
+    ToolInterruptedError,
     ToolRetriesExceeded,
     UnexpectedModelBehavior,
     UsageLimitExceeded,
@@ -40,6 +50,8 @@ from dspark_agent.events import (
     ToolResult,
 )
 from dspark_agent.history import History
+from dspark_agent.journal.base import Journal
+from dspark_agent.journal.sqlite import SqliteJournal
 from dspark_agent.limits import RequestUsage, RunUsage, UsageLimits
 from dspark_agent.messages import (
     FinishReason,
@@ -75,15 +87,21 @@ __all__ = [
     "Agent",
     "AgentEvent",
     "AgentRun",
+    "ApprovalRequired",
     "ContextLengthError",
     "DSparkError",
     "DSparkModel",
     "DeadlineExceeded",
+    "DeferredToolRequests",
+    "DeferredToolResults",
     "EventStream",
     "FinishReason",
     "FunctionModel",
     "FunctionToolset",
     "History",
+    "Journal",
+    "JournalError",
+    "JournalLockedError",
     "JsonSchema",
     "Model",
     "ModelError",
@@ -109,6 +127,7 @@ __all__ = [
     "SchemaError",
     "Session",
     "SessionClosedError",
+    "SqliteJournal",
     "StepEnd",
     "StepKind",
     "StepMetrics",
@@ -119,12 +138,15 @@ __all__ = [
     "TextDelta",
     "TextPart",
     "Tool",
+    "ToolApproved",
     "ToolCallDelta",
     "ToolCallEnd",
     "ToolCallPart",
     "ToolCallStart",
     "ToolDefinition",
+    "ToolDenied",
     "ToolFailed",
+    "ToolInterruptedError",
     "ToolResult",
     "ToolRetriesExceeded",
     "ToolReturnPart",

@@ -13,7 +13,6 @@ from typing import (
     Generic,
     ParamSpec,
     Self,
-    TypedDict,
     TypeVar,
     cast,
     overload,
@@ -28,6 +27,8 @@ from dspark_agent.core import Core
 from dspark_agent.declaration import Declaration
 from dspark_agent.errors import UserError
 from dspark_agent.history import History
+from dspark_agent.journal.base import Journal
+from dspark_agent.journal.record import recorded
 from dspark_agent.limits import UsageLimits
 from dspark_agent.messages import ModelRequest, ModelResponse
 from dspark_agent.models import infer_model
@@ -35,6 +36,7 @@ from dspark_agent.models.base import Model
 from dspark_agent.output import JsonSchema, Output
 from dspark_agent.relay import EventHandler
 from dspark_agent.run import AgentRun, RunResult
+from dspark_agent.run_options import ResumeOptions, RunOptions
 from dspark_agent.session import Session
 from dspark_agent.settings import ModelSettings
 from dspark_agent.step import UNSET
@@ -50,22 +52,6 @@ T = TypeVar("T")
 P = ParamSpec("P")
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class RunOptions(TypedDict, Generic[DepsT], total=False):
-    """Keywords of every way to run an agent.
-
-    ``deps``: what tools find in ``ctx.deps``. ``message_history``: messages or a History to go on
-    from. ``limits``: instead of the agent's. ``model`` and ``model_settings``: instead of, and
-    over, the agent's. ``on_event``: called (and awaited) with every event.
-    """
-
-    deps: DepsT
-    message_history: History | Sequence[ModelRequest | ModelResponse] | None
-    limits: UsageLimits | None
-    model: Model | str | None
-    model_settings: ModelSettings | None
-    on_event: EventHandler | None
 
 
 class Agent(Generic[DepsT, OutT]):
@@ -275,6 +261,61 @@ class Agent(Generic[DepsT, OutT]):
         """:meth:`run`, from code that is not async."""
         return anyio.run(partial(self.run, prompt, output_type=output_type, **options))
 
+    @overload
+    async def resume(
+        self, run_id: str, *, journal: Journal, **options: Unpack[ResumeOptions[DepsT]]
+    ) -> RunResult[OutT]: ...
+    @overload
+    async def resume(
+        self,
+        run_id: str,
+        *,
+        journal: Journal,
+        output_type: TypeForm[T],
+        **options: Unpack[ResumeOptions[DepsT]],
+    ) -> RunResult[T]: ...
+    @overload
+    async def resume(
+        self,
+        run_id: str,
+        *,
+        journal: Journal,
+        output_type: JsonSchema,
+        **options: Unpack[ResumeOptions[DepsT]],
+    ) -> RunResult[Any]: ...
+    async def resume(
+        self,
+        run_id: str,
+        *,
+        journal: Journal,
+        output_type: Any = UNSET,
+        **options: Unpack[ResumeOptions[DepsT]],
+    ) -> RunResult[Any]:
+        """Go on with a run that a crash, an error or a pause has ended; its result, if it is done.
+
+        What the journal has is not done again: the model is not asked, no finished tool is
+        called. Output types, output validators and hooks are. The agent, ``output_type`` and
+        ``deps`` are those that the run began with; ``limits`` count what is recorded, while
+        ``wall_seconds`` begins anew.
+
+        Raises:
+            JournalError: there is no such run, or the agent has changed since it was recorded.
+            JournalLockedError: another process (or task) is running it.
+            ToolInterruptedError: a tool was begun, its end is not recorded, and it is not
+                idempotent.
+            DSparkError: as :meth:`run`.
+        """
+        every: RunOptions[DepsT] = {
+            **options,
+            "message_history": None,
+            "journal": journal,
+            "run_id": run_id,
+        }
+        async with self._driven(None, output_type, every, resume=True) as run:
+            async for _ in run:
+                pass
+            return run.result
+
     def iter(
         self, prompt: str | None = None, **options: Unpack[RunOptions[DepsT]]
     ) -> AbstractAsyncContextManager[AgentRun[DepsT, OutT]]:
@@ -317,16 +358,31 @@ class Agent(Generic[DepsT, OutT]):
 
     @asynccontextmanager
     async def _driven(
-        self, prompt: str | None, output_type: Any, options: RunOptions[DepsT]
+        self,
+        prompt: str | None,
+        output_type: Any,
+        options: RunOptions[DepsT],
+        *,
+        resume: bool = False,
     ) -> AsyncIterator[AgentRun[DepsT, Any]]:
         core = self._core(options, limits=None)
         limits = options.get("limits") or self._declaration.limits or UsageLimits()
-        try:
-            with core.work(limits) as work:
-                await core.open(History.of(options.get("message_history")))
-                yield AgentRun(core, work, prompt, output_type)
-        finally:
-            await core.close()
+        history = History.of(options.get("message_history"))
+        results = options.get("deferred_tool_results")
+        journal, run_id = options.get("journal"), options.get("run_id")
+        if (journal is None) != (run_id is None):
+            raise UserError("journal= and run_id= go together: where a run is kept, and its name")
+        async with recorded(journal, run_id, results) as record:
+            if record is not None:
+                core.record = record
+                begun = None if resume else core.begun(prompt, history)
+                prompt, history = await record.begin(begun)
+            try:
+                with core.work(limits) as work:
+                    await core.open(history)
+                    yield AgentRun(core, work, prompt, output_type, results)
+            finally:
+                await core.close()
 
     def _core(self, options: RunOptions[Any], *, limits: UsageLimits | None) -> Core[DepsT]:
         model = options.get("model")

@@ -14,13 +14,18 @@ from dspark_agent.budget import Budget
 from dspark_agent.context import Cancellation, DepsT, RunContext
 from dspark_agent.conversation import Conversation
 from dspark_agent.declaration import Declaration
+from dspark_agent.deferred import DeferredToolResults
 from dspark_agent.errors import DeadlineExceeded, RunCancelled, SessionClosedError, UserError
 from dspark_agent.history import History
+from dspark_agent.journal.entries import RunBegun
+from dspark_agent.journal.record import RunRecord
+from dspark_agent.journal.session import RecordedSession
 from dspark_agent.limits import RunUsage, UsageLimits
 from dspark_agent.messages import SystemPromptPart, UserPromptPart
 from dspark_agent.models.base import Model, ModelSession
 from dspark_agent.relay import EventHandler
 from dspark_agent.settings import ModelSettings
+from dspark_agent.settling import settle
 from dspark_agent.step import UNSET, StepPlan, StepResult
 from dspark_agent.turn import TurnTaker, call_with_ctx
 
@@ -45,6 +50,7 @@ class Core(Generic[DepsT]):
         settings: ModelSettings | None = None,
         limits: UsageLimits | None = None,
         on_event: EventHandler | None = None,
+        record: RunRecord | None = None,
     ) -> None:
         declaration.check_deps(deps)
         self.declaration = declaration
@@ -53,6 +59,7 @@ class Core(Generic[DepsT]):
         self.settings = settings
         self.limits = limits
         self.on_event = on_event
+        self.record = record
         self.runner = declaration.runner()
         self.conversation = Conversation()
         self.usage = RunUsage()
@@ -64,13 +71,37 @@ class Core(Generic[DepsT]):
     # -- open, copy, close ---------------------------------------------------------------------
 
     async def open(self, history: History) -> None:
-        """Open the model's side; go on from ``history`` (from its token log where that fits)."""
+        """Open the model's side; go on from ``history`` (from its token log where that fits).
+
+        With a journal, the model is opened when a turn needs it.
+        """
         resumes = history.resumes(self.model.name, tuple(self.runner.tools))
-        widest = self.plan().turn
         token_log = history.token_log if resumes else None
-        model_session = await self.model.open(widest, token_log=token_log)
         sent = history.logged_messages if resumes else 0
+        if self.record is None:
+            model_session = await self._open_model(token_log)
+        else:
+            model_session = RecordedSession(
+                self.record,
+                self._open_model,
+                said=history.messages[:sent],
+                log=token_log,
+                log_owner=" ".join((self.model.name, *self.runner.tools)),
+            )
         self._start(model_session, Conversation(messages=list(history.messages), sent=sent))
+
+    async def _open_model(self, token_log: tuple[int, ...] | None) -> ModelSession:
+        return await self.model.open(self.plan().turn, token_log=token_log)
+
+    def begun(self, prompt: str | None, history: History) -> RunBegun:
+        """What a journal says of the run's begin."""
+        return RunBegun(
+            agent=self.declaration.name,
+            model_name=self.model.name,
+            tool_names=tuple(self.runner.tools),
+            prompt=prompt,
+            history=history,
+        )
 
     async def fork(self) -> Core[DepsT]:
         """An independent copy of the conversation, which shares the model's work so far."""
@@ -228,29 +259,57 @@ class Core(Generic[DepsT]):
         """
         if self.conversation.has_open_calls:
             raise UserError(
-                "the history ends with tool calls that have no results; add their ToolReturnParts "
-                "or leave the last response out"
+                "the history ends with tool calls that have no results; decide about them with "
+                "deferred_tool_results=..., add their ToolReturnParts, or leave the last response "
+                "out"
             )
-        if not self.conversation.messages:
-            texts = [
-                text if isinstance(text, str) else await call_with_ctx(text, self.context(work))
-                for text in self.declaration.instructions
-            ]
-            system = "\n\n".join(text for text in texts if text)
-            if system:
-                self.conversation.ask(SystemPromptPart(content=system))
+        if not self.conversation.messages and (system := await self._instructions(work)):
+            self.conversation.ask(SystemPromptPart(content=system))
         if prompt is not None:
             self.conversation.ask(UserPromptPart(content=prompt))
         elif not self.conversation.has_news:
             raise UserError("nothing to answer: the model had the last word; give a prompt")
 
-    async def take(self, plan: StepPlan, work: Work, attempt: int) -> StepResult[Any]:
+    async def _instructions(self, work: Work) -> str:
+        """The agent's instructions now, or as the run's journal has them."""
+        known = None if self.record is None else await self.record.instructions(None)
+        if known is not None:
+            return known
+        texts = [
+            text if isinstance(text, str) else await call_with_ctx(text, self.context(work))
+            for text in self.declaration.instructions
+        ]
+        system = "\n\n".join(text for text in texts if text)
+        if self.record is not None:
+            await self.record.instructions(system)
+        return system
+
+    async def settle(self, results: DeferredToolResults, work: Work) -> float:
+        """Carry out decisions about calls that wait: see :func:`settling.settle`.
+
+        What the calls did outside cannot be undone, so their results stand whatever comes next.
+        """
+        async with self.whole_or_not_at_all():
+            return await settle(
+                self._taker(),
+                self.conversation,
+                results,
+                ctx=self.context(work),
+                budgets=work.budgets,
+            )
+
+    def _taker(self) -> TurnTaker[DepsT]:
+        return TurnTaker(self.model_session, self.runner, self.on_event, self.usage, self.record)
+
+    async def take(
+        self, plan: StepPlan, work: Work, attempt: int, settled_s: float = 0.0
+    ) -> StepResult[Any]:
         """One turn: see :meth:`TurnTaker.take`."""
-        taker = TurnTaker(self.model_session, self.runner, self.on_event, self.usage)
-        return await taker.take(
+        return await self._taker().take(
             self.conversation,
             plan,
             ctx=self.context(work),
             budgets=work.budgets,
             attempt=attempt,
+            settled_s=settled_s,
         )

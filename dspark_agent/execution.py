@@ -8,16 +8,26 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic
 
 import anyio
+import pydantic_core
 from pydantic import ValidationError
 
 from dspark_agent.context import DepsT, RunContext
-from dspark_agent.errors import ModelRetry, ToolFailed, ToolRetriesExceeded
+from dspark_agent.deferred import AwaitsApproval
+from dspark_agent.errors import (
+    ApprovalRequired,
+    ModelRetry,
+    ToolFailed,
+    ToolRetriesExceeded,
+    UserError,
+)
 from dspark_agent.function_schema import validation_text
+from dspark_agent.journal.calls import CallLedger
 from dspark_agent.messages import RetryPromptPart, ToolCallPart, ToolReturnPart
 from dspark_agent.output import complaints
 from dspark_agent.tools import Tool, ToolDefinition
 
 ToolPart = ToolReturnPart | RetryPromptPart
+CallOutcome = ToolPart | AwaitsApproval
 OnResult = Callable[[int, ToolPart, float], Awaitable[None]]
 """Told of each result as it comes: the call's place in the step, the result, its seconds."""
 
@@ -51,29 +61,35 @@ class ToolRunner(Generic[DepsT]):
         ctx: RunContext[DepsT],
         count: RetryCount,
         on_result: OnResult,
-    ) -> list[ToolPart]:
-        """Run ``calls``; one result each, in order.
+        ledger: CallLedger | None = None,
+    ) -> list[CallOutcome]:
+        """Run ``calls``; one outcome each, in order.
 
         Calls of one step run at the same time, but for those of ``sequential`` tools. ``offered``
         are the tools of this step by name, narrowed as the step narrows them: what does not fit
-        is refused.
+        is refused. Calls that need approval are not run, unless ``ctx.tool_call_approved``. Calls
+        that ``ledger`` has the outcome of are not run again.
 
         Raises:
             ToolRetriesExceeded: a tool asked for more retries in a row than it has.
-            Exception: whatever a tool raised other than ModelRetry and ToolFailed; the step's
-                other calls are cancelled.
+            ToolInterruptedError: ``ledger`` has the begin of a call and not its end.
+            Exception: whatever a tool raised other than ModelRetry, ToolFailed and
+                ApprovalRequired; the step's other calls are cancelled.
         """
-        results: dict[int, ToolPart] = {}
+        outcomes: dict[int, CallOutcome] = {}
+        if ledger is not None:
+            calls = await ledger.resumed(calls, self.tools)
 
         async def run_one(index: int) -> None:
             began = time.perf_counter()
-            part = await self._call(calls[index], offered, ctx, count)
-            results[index] = part
-            await on_result(index, part, time.perf_counter() - began)
+            outcome = await self._recorded(index, calls[index], offered, ctx, count, ledger)
+            outcomes[index] = outcome
+            if not isinstance(outcome, AwaitsApproval):
+                await on_result(index, outcome, time.perf_counter() - began)
 
         for batch in self._batches(calls):
             await _all([(run_one, index) for index in batch])
-        ordered = [results[index] for index in range(len(calls))]
+        ordered = [outcomes[index] for index in range(len(calls))]
         self._count_retries(calls, ordered, count)
         return ordered
 
@@ -91,13 +107,34 @@ class ToolRunner(Generic[DepsT]):
         if batch:
             yield batch
 
+    async def _recorded(
+        self,
+        index: int,
+        call: ToolCallPart,
+        offered: Mapping[str, ToolDefinition],
+        ctx: RunContext[DepsT],
+        count: RetryCount,
+        ledger: CallLedger | None,
+    ) -> CallOutcome:
+        if ledger is None:
+            return await self._call(call, offered, ctx, count, _nothing)
+        known = ledger.outcome(index)
+        if known is not None:
+            return known
+
+        async def begins() -> None:
+            await ledger.begins(index, call)
+
+        return await ledger.ends(index, call, await self._call(call, offered, ctx, count, begins))
+
     async def _call(
         self,
         call: ToolCallPart,
         offered: Mapping[str, ToolDefinition],
         ctx: RunContext[DepsT],
         count: RetryCount,
-    ) -> ToolPart:
+        begins: Callable[[], Awaitable[None]],
+    ) -> CallOutcome:
         def retry(reason: str) -> RetryPromptPart:
             return RetryPromptPart(
                 content=reason, tool_name=call.tool_name, tool_call_id=call.tool_call_id
@@ -121,10 +158,15 @@ class ToolRunner(Generic[DepsT]):
             tool_name=call.tool_name,
             tool_call_id=call.tool_call_id,
         )
+        if not ctx.tool_call_approved and await tool.needs_approval(own_ctx, arguments):
+            return AwaitsApproval(call=call)
+        await begins()
         try:
             return await self._return_of(tool, own_ctx, arguments, call, retry)
         except ModelRetry as error:
             return retry(error.message)
+        except ApprovalRequired as error:
+            return _awaits(call, error, own_ctx)
         except ToolFailed as error:
             return ToolReturnPart(
                 tool_name=call.tool_name,
@@ -155,7 +197,7 @@ class ToolRunner(Generic[DepsT]):
         return self.retries if tool is None or tool.retries is None else tool.retries
 
     def _count_retries(
-        self, calls: Sequence[ToolCallPart], parts: Sequence[ToolPart], count: RetryCount
+        self, calls: Sequence[ToolCallPart], parts: Sequence[CallOutcome], count: RetryCount
     ) -> None:
         refused = {
             call.tool_name: part.content
@@ -168,6 +210,25 @@ class ToolRunner(Generic[DepsT]):
             count.by_tool[name] = count.by_tool.get(name, 0) + 1
             if count.by_tool[name] > self._retries_of(name):
                 raise ToolRetriesExceeded(name, reason, retries=self._retries_of(name))
+
+
+async def _nothing() -> None:
+    """What the begin of a call means where nobody keeps a ledger."""
+
+
+def _awaits(call: ToolCallPart, asked: ApprovalRequired, ctx: RunContext[Any]) -> AwaitsApproval:
+    if ctx.tool_call_approved:
+        raise UserError(
+            f"tool {call.tool_name!r} raised ApprovalRequired for a call that was approved; look "
+            "at ctx.tool_call_approved first"
+        )
+    try:
+        metadata = pydantic_core.to_jsonable_python(asked.metadata)
+    except ValueError as error:  # pydantic's own is one, and bytes that are no text are another
+        raise UserError(
+            f"tool {call.tool_name!r}: the metadata of ApprovalRequired is no JSON: {error}"
+        ) from error
+    return AwaitsApproval(call=call, metadata=metadata)
 
 
 async def _all(jobs: Sequence[tuple[Callable[[int], Awaitable[None]], int]]) -> None:

@@ -14,6 +14,7 @@ import referencing
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
+from dspark_agent.deferred import DeferredToolRequests
 from dspark_agent.errors import ModelRetry, SchemaError
 from dspark_agent.function_schema import validation_text, without_titles
 
@@ -61,11 +62,19 @@ class Output(Generic[T]):
     A union with ``str`` in it (``Plan | str``) means a typed result or plain text.
 
     ``schema`` is a JSON Schema of type object, or None where only text is asked for; ``allow_text``
-    says whether plain text is an answer.
+    says whether plain text is an answer, ``allow_deferred`` whether the step may pause with
+    :class:`DeferredToolRequests`, which the model is not told about.
     """
 
     def __init__(self, output_type: Any) -> None:
         options = _options(output_type)
+        self.allow_deferred = DeferredToolRequests in options
+        options = tuple(option for option in options if option is not DeferredToolRequests)
+        if not options:
+            raise SchemaError(
+                "output_type=DeferredToolRequests is how a run pauses; say how it ends too, as in "
+                "output_type=str | DeferredToolRequests"
+            )
         typed = tuple(option for option in options if option is not str)
         self.allow_text = len(typed) < len(options)
         self.schema: dict[str, Any] | None = None

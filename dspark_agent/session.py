@@ -11,6 +11,7 @@ from typing_extensions import TypeVar
 from dspark_agent.context import DepsT
 from dspark_agent.conversation import Conversation
 from dspark_agent.core import Core
+from dspark_agent.deferred import DeferredToolResults
 from dspark_agent.history import History
 from dspark_agent.limits import RunUsage, UsageLimits
 from dspark_agent.messages import ModelRequest, ModelResponse
@@ -80,6 +81,7 @@ class Session(Generic[DepsT, OutT]):
         settings: ModelSettings | None = None,
         limits: UsageLimits | None = None,
         retries: int | None = None,
+        deferred_tool_results: DeferredToolResults | None = None,
     ) -> StepResult[OutT]: ...
     @overload
     async def step(
@@ -93,6 +95,7 @@ class Session(Generic[DepsT, OutT]):
         settings: ModelSettings | None = None,
         limits: UsageLimits | None = None,
         retries: int | None = None,
+        deferred_tool_results: DeferredToolResults | None = None,
     ) -> StepResult[T]: ...
     @overload
     async def step(
@@ -106,6 +109,7 @@ class Session(Generic[DepsT, OutT]):
         settings: ModelSettings | None = None,
         limits: UsageLimits | None = None,
         retries: int | None = None,
+        deferred_tool_results: DeferredToolResults | None = None,
     ) -> StepResult[Any]: ...
     async def step(
         self,
@@ -118,6 +122,7 @@ class Session(Generic[DepsT, OutT]):
         settings: ModelSettings | None = None,
         limits: UsageLimits | None = None,
         retries: int | None = None,
+        deferred_tool_results: DeferredToolResults | None = None,
     ) -> StepResult[Any]:
         """One model turn, and the tool calls it made.
 
@@ -139,6 +144,8 @@ class Session(Generic[DepsT, OutT]):
             settings: over those of session, agent and model.
             limits: for this step alone, within the session's.
             retries: how often a refused output is asked for again; None takes the agent's.
+            deferred_tool_results: decisions about the calls that the step before left waiting.
+                The calls' results stand even where this step fails.
 
         Raises:
             OutputError: the output was refused more often than ``retries``.
@@ -155,16 +162,23 @@ class Session(Generic[DepsT, OutT]):
             retries=retries,
         )
         with core.work(limits) as work:
+            settled_s = 0.0
+            if deferred_tool_results is not None:
+                settled_s = await core.settle(deferred_tool_results, work)
             async with core.whole_or_not_at_all():
                 await core.ask(prompt, work)
-                attempt = 1
-                while (result := await core.take(plan, work, attempt)).retry_reason is not None:
-                    attempt += 1
+                result = await core.take(plan, work, 1, settled_s)
+                while result.retry_reason is not None:
+                    result = await core.take(plan, work, result.attempts + 1)
         return result
 
     @overload
     async def run(
-        self, prompt: str | None = None, *, limits: UsageLimits | None = None
+        self,
+        prompt: str | None = None,
+        *,
+        limits: UsageLimits | None = None,
+        deferred_tool_results: DeferredToolResults | None = None,
     ) -> RunResult[OutT]: ...
     @overload
     async def run(
@@ -173,6 +187,7 @@ class Session(Generic[DepsT, OutT]):
         *,
         output_type: TypeForm[T],
         limits: UsageLimits | None = None,
+        deferred_tool_results: DeferredToolResults | None = None,
     ) -> RunResult[T]: ...
     @overload
     async def run(
@@ -181,6 +196,7 @@ class Session(Generic[DepsT, OutT]):
         *,
         output_type: JsonSchema,
         limits: UsageLimits | None = None,
+        deferred_tool_results: DeferredToolResults | None = None,
     ) -> RunResult[Any]: ...
     async def run(
         self,
@@ -188,18 +204,21 @@ class Session(Generic[DepsT, OutT]):
         *,
         output_type: Any = UNSET,
         limits: UsageLimits | None = None,
+        deferred_tool_results: DeferredToolResults | None = None,
     ) -> RunResult[Any]:
         """Steps with all the agent's tools until one gives the output.
 
         ``limits`` count for this run, within the session's; the agent's by default. A failing
-        step is undone, the steps before it stand.
+        step is undone, the steps before it stand. ``deferred_tool_results`` as in :meth:`step`.
 
         Raises:
             DSparkError: as :meth:`step`.
         """
         limits = limits or self._core.declaration.limits or UsageLimits()
         with self._core.work(limits) as work:
-            run: AgentRun[DepsT, Any] = AgentRun(self._core, work, prompt, output_type)
+            run: AgentRun[DepsT, Any] = AgentRun(
+                self._core, work, prompt, output_type, deferred_tool_results
+            )
             async for _ in run:
                 pass
         return run.result

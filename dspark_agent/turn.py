@@ -12,9 +12,11 @@ from dspark_agent import budget
 from dspark_agent.budget import Budget
 from dspark_agent.context import DepsT, RunContext
 from dspark_agent.conversation import Conversation
-from dspark_agent.errors import ModelRetry, OutputError
+from dspark_agent.deferred import AwaitsApproval, DeferredToolRequests
+from dspark_agent.errors import ModelRetry, OutputError, UserError
 from dspark_agent.events import StepEnd, StepStart, ToolResult
 from dspark_agent.execution import ToolPart, ToolRunner
+from dspark_agent.journal.record import RunRecord
 from dspark_agent.limits import RunUsage
 from dspark_agent.messages import FinishReason, ModelResponse, RetryPromptPart
 from dspark_agent.models.base import ModelSession, ModelTurn
@@ -31,6 +33,7 @@ class TurnTaker(Generic[DepsT]):
     runner: ToolRunner[DepsT]
     handler: EventHandler | None
     usage: RunUsage
+    record: RunRecord | None = None
 
     async def take(
         self,
@@ -40,13 +43,16 @@ class TurnTaker(Generic[DepsT]):
         ctx: RunContext[DepsT],
         budgets: Sequence[Budget],
         attempt: int,
+        settled_s: float = 0.0,
     ) -> StepResult[Any]:
         """Let the model write once, run its calls or check its output, and record the step.
 
         ``attempt`` counts from 1. The result's ``retry_reason`` is set where the step should be
-        taken again; the reason is then part of the conversation.
+        taken again; the reason is then part of the conversation. ``settled_s`` seconds went into
+        tools of the step before this one, which had waited for approval.
 
         Raises:
+            UserError: a tool needs approval, and the step's output has no place for the request.
             UsageLimitExceeded: before the model is asked, or before its tools are run.
             OutputError: the output was refused ``plan.retries`` times already.
             ToolRetriesExceeded: a tool was.
@@ -55,6 +61,7 @@ class TurnTaker(Generic[DepsT]):
         index = len(conversation.steps)
         relay = EventRelay(self.handler, index, plan.output)
         budget.check_request(budgets, self.usage)
+        self._check_can_pause(plan)
         turn = self._turn(conversation, plan, budgets)
         await relay.send(StepStart(index, plan.kind, attempt))
         response = await self.model.step(conversation.unsent, turn, relay.on_model)
@@ -67,28 +74,45 @@ class TurnTaker(Generic[DepsT]):
         parts: list[ToolPart] = []
         tools_began = time.perf_counter()
         if response.tool_calls:
-            parts = await self._run_calls(conversation, response, turn, ctx, budgets, relay)
-            reason = _refusal(parts)
-            conversation.ask(*parts)
+            parts, waiting = await self._run_calls(
+                conversation, response, turn, ctx, budgets, relay
+            )
+            if waiting:
+                value = _pause(plan, waiting)
+            else:
+                reason = _refusal(parts)
+            if parts:
+                conversation.ask(*parts)
             tool_s = time.perf_counter() - tools_began
         else:
             value, reason = await self._check_output(response, plan, ctx, attempt)
             tool_s = 0.0
             if reason is not None:
                 conversation.ask(RetryPromptPart(content=reason))
+        total_s = time.perf_counter() - began + settled_s
         result: StepResult[Any] = StepResult(
             index=index,
             kind=plan.kind,
             response=response,
             tool_results=tuple(parts),
-            metrics=response.metrics.closed(total_s=time.perf_counter() - began, tool_s=tool_s),
+            metrics=response.metrics.closed(total_s=total_s, tool_s=tool_s + settled_s),
             attempts=attempt,
             retry_reason=reason,
             value=value,
         )
+        if self.record is not None:
+            result = await self.record.step_ends(result)
         conversation.steps.append(result)
         await relay.send(StepEnd(index, result))
         return result
+
+    def _check_can_pause(self, plan: StepPlan) -> None:
+        """Find a pause that the output type has no place for before anything is asked or run."""
+        if plan.output.allow_deferred:
+            return
+        for tool in plan.tools:
+            if self.runner.tools[tool.name].requires_approval is True:
+                raise _cannot_pause(tool.name)
 
     def _turn(
         self, conversation: Conversation, plan: StepPlan, budgets: Sequence[Budget]
@@ -111,7 +135,7 @@ class TurnTaker(Generic[DepsT]):
         ctx: RunContext[DepsT],
         budgets: Sequence[Budget],
         relay: EventRelay,
-    ) -> list[ToolPart]:
+    ) -> tuple[list[ToolPart], list[AwaitsApproval]]:
         calls = response.tool_calls
         budget.check_tool_calls(budgets, self.usage, len(calls))
         notes = conversation.repeats.record(calls)
@@ -120,21 +144,30 @@ class TurnTaker(Generic[DepsT]):
             noted = part.model_copy(update={"note": notes[index]})
             await relay.send(ToolResult(relay.step, index, noted, seconds))
 
-        parts = await self.runner.run(
+        outcomes = await self.runner.run(
             calls,
             offered={tool.name: tool for tool in turn.tools},
             ctx=ctx,
             count=conversation.retries,
             on_result=on_result,
+            ledger=None if self.record is None else self.record.calls_of(relay.step),
         )
-        self.usage.tool_calls += len(calls)
-        return [
-            part.model_copy(update={"note": note}) for part, note in zip(parts, notes, strict=True)
-        ]
+        parts: list[ToolPart] = []
+        waiting: list[AwaitsApproval] = []
+        for outcome, note in zip(outcomes, notes, strict=True):
+            if isinstance(outcome, AwaitsApproval):
+                waiting.append(outcome)
+            else:
+                parts.append(outcome.model_copy(update={"note": note}))
+        self.usage.tool_calls += len(parts)
+        return parts, waiting
 
     async def _check_output(
         self, response: ModelResponse, plan: StepPlan, ctx: RunContext[DepsT], attempt: int
     ) -> tuple[Any | Unset, str | None]:
+        known = None if self.record is None else self.record.refusal(ctx.run_step)
+        if known is not None:
+            return UNSET, known
         try:
             return await self._output(response, plan, replace(ctx, retry=attempt - 1)), None
         except ModelRetry as error:
@@ -175,6 +208,20 @@ def _settings(conversation: Conversation, given: ModelSettings) -> ModelSettings
         settings["temperature"] = again
         settings["seed"] = settings.get("seed", 0) + len(steps)
     return settings
+
+
+def _pause(plan: StepPlan, waiting: Sequence[AwaitsApproval]) -> DeferredToolRequests:
+    """The output of a step whose calls wait for approval."""
+    if not plan.output.allow_deferred:
+        raise _cannot_pause(waiting[0].call.tool_name)
+    return DeferredToolRequests.of(waiting)
+
+
+def _cannot_pause(tool_name: str) -> UserError:
+    return UserError(
+        f"tool {tool_name!r} needs approval, so a run may have to pause: add DeferredToolRequests "
+        "to the output type, as in output_type=str | DeferredToolRequests"
+    )
 
 
 def _refusal(parts: Sequence[ToolPart]) -> str | None:

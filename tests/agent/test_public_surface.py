@@ -11,16 +11,17 @@ import pytest
 import dspark_agent
 
 SURFACE = (
-    "Agent AgentEvent AgentRun ContextLengthError DSparkError DSparkModel DeadlineExceeded "
-    "EventStream FinishReason FunctionModel FunctionToolset History JsonSchema Model ModelError "
-    "ModelHTTPError ModelMessage ModelMessagesTypeAdapter ModelNotFoundError ModelRequest "
-    "ModelResponse ModelRetry ModelSession ModelSettings ModelTurn OpenAIModel OutputError "
-    "PartialOutput RequestUsage RetryPromptPart RunCancelled RunContext RunResult RunUsage "
-    "SchemaError Session SessionClosedError StepEnd StepKind StepMetrics StepResult StepStart "
-    "SystemPromptPart TestModel TextDelta TextPart Tool ToolCallDelta ToolCallEnd ToolCallPart "
-    "ToolCallStart ToolDefinition ToolFailed ToolResult ToolRetriesExceeded ToolReturnPart "
-    "UnexpectedModelBehavior UsageLimitExceeded UsageLimits UserError UserPromptPart infer_model "
-    "tool"
+    "Agent AgentEvent AgentRun ApprovalRequired ContextLengthError DSparkError DSparkModel "
+    "DeadlineExceeded DeferredToolRequests DeferredToolResults EventStream FinishReason "
+    "FunctionModel FunctionToolset History Journal JournalError JournalLockedError JsonSchema "
+    "Model ModelError ModelHTTPError ModelMessage ModelMessagesTypeAdapter ModelNotFoundError "
+    "ModelRequest ModelResponse ModelRetry ModelSession ModelSettings ModelTurn OpenAIModel "
+    "OutputError PartialOutput RequestUsage RetryPromptPart RunCancelled RunContext RunResult "
+    "RunUsage SchemaError Session SessionClosedError SqliteJournal StepEnd StepKind StepMetrics "
+    "StepResult StepStart SystemPromptPart TestModel TextDelta TextPart Tool ToolApproved "
+    "ToolCallDelta ToolCallEnd ToolCallPart ToolCallStart ToolDefinition ToolDenied ToolFailed "
+    "ToolInterruptedError ToolResult ToolRetriesExceeded ToolReturnPart UnexpectedModelBehavior "
+    "UsageLimitExceeded UsageLimits UserError UserPromptPart infer_model tool"
 )
 NAMES = SURFACE.split(" ")
 
@@ -48,7 +49,7 @@ def test_everything_public_has_a_docstring(name: str) -> None:
 
 
 def test_every_error_of_the_sdk_has_one_root() -> None:
-    apart = {"ModelRetry", "ToolFailed"}  # said to the model, not to the caller
+    apart = {"ApprovalRequired", "ModelRetry", "ToolFailed"}  # said to the model, not to the caller
     for name in NAMES:
         thing = getattr(dspark_agent, name)
         if inspect.isclass(thing) and issubclass(thing, Exception) and name not in apart:
