@@ -60,9 +60,13 @@ class DeferredToolRequests(_Value):
 
 
 class ToolApproved(_Value):
-    """Run the call; with ``override_args`` in place of the model's arguments, if given."""
+    """Run the call; with ``override_args`` in place of the model's arguments, if given.
+
+    ``again``: even though it had begun before the run was cut off, and may have taken effect.
+    """
 
     override_args: dict[str, Any] | None = None
+    again: bool = False
     kind: Literal["tool-approved"] = "tool-approved"
 
 
@@ -107,9 +111,9 @@ class DeferredToolResults(_Value):
             return Approved(call)
         if isinstance(decision, ToolApproved):
             if decision.override_args is None:
-                return Approved(call)
+                return Approved(call, again=decision.again)
             edited = call.model_copy(update={"args": dict(decision.override_args)})
-            return Approved(edited, _edited_note(edited))
+            return Approved(edited, _edited_note(edited), decision.again)
         denied = decision if isinstance(decision, ToolDenied) else ToolDenied()
         return ToolReturnPart(
             tool_name=call.tool_name,
@@ -121,10 +125,12 @@ class DeferredToolResults(_Value):
 
 @dataclass(frozen=True, slots=True)
 class Approved:
-    """A call to run, with the arguments that were approved; ``note`` is for the model."""
+    """A call to run, with the arguments that were approved; ``note`` is for the model, ``again``
+    as in :class:`ToolApproved`."""
 
     call: ToolCallPart
     note: str | None = None
+    again: bool = False
 
 
 def check_decisions(waiting: Sequence[ToolCallPart], results: DeferredToolResults) -> None:

@@ -139,8 +139,8 @@ class ToolInterruptedError(DSparkError):
         super().__init__(
             f"{where}: begun, but no end recorded: {named}. Find out what the calls did, then "
             "resume with deferred_tool_results=DeferredToolResults(...): calls={ID: RESULT} for a "
-            "call that took effect, approvals={ID: True} to run it (again). A tool declared "
-            "idempotent=True is run again without asking."
+            "call that took effect, approvals={ID: ToolApproved(again=True)} to run it (again). "
+            "A tool declared idempotent=True is run again without asking."
         )
         self.calls = tuple(calls)
 

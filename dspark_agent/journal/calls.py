@@ -61,21 +61,27 @@ class CallLedger:
         for index, call in enumerate(calls):
             if self.outcome(index) is not None or not self._has_begun(index):
                 continue
+            verdict = self._verdict(call)
+            if isinstance(verdict, ToolReturnPart):
+                await self.ends(index, call, verdict)
+                continue
             tool = tools.get(call.tool_name)
-            if call.tool_call_id in self._record.given:
-                verdict = self._record.given.verdict(call)
-                if isinstance(verdict, Approved):
-                    settled[index] = verdict.call
-                    self._record.interrupted.append(call)
-                else:
-                    await self.ends(index, call, verdict)
-            elif tool is not None and tool.idempotent:
-                self._record.interrupted.append(call)
-            else:
+            if verdict is None and (tool is None or not tool.idempotent):
                 in_doubt.append((call.tool_name, call.tool_call_id))
+                continue
+            settled[index] = call if verdict is None else verdict.call
+            self._record.interrupted.append(call)
         if in_doubt:
             raise ToolInterruptedError(f"{self._record.where}, step {self._step}", in_doubt)
         return settled
+
+    def _verdict(self, call: ToolCallPart) -> Approved | ToolReturnPart | None:
+        """What was decided about a call that was cut off; None for nothing. The approval that
+        let it begin is no permission to begin it twice."""
+        if call.tool_call_id not in self._record.given:
+            return None
+        verdict = self._record.given.verdict(call)
+        return None if isinstance(verdict, Approved) and not verdict.again else verdict
 
     def _has_begun(self, index: int) -> bool:
         return self._record.find(ToolBegun, self._step, self._approved, index) is not None

@@ -273,11 +273,15 @@ async def test_a_tool_that_never_has_enough_approval_is_an_error() -> None:
             output_type=PAUSING,
         )
         with pytest.raises(UserError, match=says):
-            paused = await agent.run("Go")
-            await agent.run(
-                message_history=paused.history,
-                deferred_tool_results=DeferredToolResults(approvals={"c1": True}),
-            )
+            await _run_and_approve(agent)
+
+
+async def _run_and_approve(agent: Agent[object, Any]) -> None:
+    paused = await agent.run("Go")
+    await agent.run(
+        message_history=paused.history,
+        deferred_tool_results=DeferredToolResults(approvals={"c1": True}),
+    )
 
 
 async def test_wrong_arguments_go_back_to_the_model_and_to_nobody_else() -> None:
