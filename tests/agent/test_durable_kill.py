@@ -41,7 +41,7 @@ def doubled(report: dict[str, Any]) -> list[str]:
         return []
     if killed["kind"] == "model-output":
         return [f"model {killed['step']}"]
-    if killed["kind"] == "tool-ended" and killed["outcome"]["tool_call_id"] == "f4":
+    if killed["kind"] == "tool-ended" and killed["outcome"].get("tool_call_id") == "f4":
         return ["tool f4"]
     return []
 

@@ -12,7 +12,8 @@ PROGRAM = """
 from dataclasses import dataclass
 
 from dspark_agent import (
-    Agent, FunctionToolset, JsonSchema, RunContext, StepResult, TestModel, UsageLimits, tool,
+    Agent, DeferredToolRequests, DeferredToolResults, FunctionToolset, Journal, JsonSchema,
+    RunContext, SqliteJournal, StepResult, TestModel, UsageLimits, tool,
 )
 from pydantic import BaseModel
 
@@ -38,6 +39,8 @@ typed = Agent(TestModel(), output_type=Plan, deps_type=Deps)
 reveal_type(typed)
 reveal_type(Agent(TestModel(), output_type=JsonSchema({}), deps_type=Deps))
 either = Agent(TestModel(), output_type=Plan | str)
+pausing = Agent(TestModel(), output_type=Plan | DeferredToolRequests)
+journal: Journal = SqliteJournal("runs.sqlite")
 
 
 @typed.tool
@@ -77,11 +80,19 @@ async def main() -> None:
     async with typed.run_stream("Go", deps=Deps("/")) as stream:
         reveal_type((await stream.result()).output)
     reveal_type((await either.run("Go")).output)
+    decided = DeferredToolResults(approvals={"call": True})
+    reveal_type((await pausing.run("Go", journal=journal, run_id="r")).output)
+    reveal_type((await typed.resume("r", journal=journal, deps=Deps("/"))).output)
+    reveal_type((await typed.resume("r", journal=journal, output_type=int)).output)
+    async with pausing.session() as session2:
+        reveal_type((await session2.step(deferred_tool_results=decided)).output)
 
 
 async def mistakes() -> None:
     await typed.run("Go", deps="not deps")  # E: deps
     await typed.run("Go", dpes=Deps("/"))  # E: dpes
+    await typed.resume("r")  # E: journal
+    await typed.resume("r", journal=journal, message_history=[])  # E: history
 
     @typed.tool  # E: ctx
     def wrong(ctx: RunContext[int], path: str) -> str:
@@ -109,6 +120,10 @@ REVEALED = [
     "Plan",
     "Plan",
     "Plan | str",
+    "Plan | DeferredToolRequests",
+    "Plan",
+    "int",
+    "Plan | DeferredToolRequests",
 ]
 
 
@@ -150,7 +165,7 @@ def _project_path() -> str:
 def test_types_flow_from_declaration_to_result(findings: list[str]) -> None:
     revealed = [line.split('Revealed type is "')[1][:-1] for line in findings if "Revealed" in line]
     for module in ("program.", "builtins.", "dspark_agent.agent.", "dspark_agent.step.",
-                   "dspark_agent.run.", "dspark_agent.context."):  # fmt: skip
+                   "dspark_agent.run.", "dspark_agent.context.", "dspark_agent.deferred."):  # fmt: skip
         revealed = [text.replace(module, "") for text in revealed]
     assert revealed == REVEALED
 
