@@ -103,7 +103,8 @@ class SqliteJournal:
                 done = work(connection)
                 connection.execute("COMMIT")
             except BaseException:
-                connection.execute("ROLLBACK")
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
                 raise
             return done
 

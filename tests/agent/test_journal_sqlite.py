@@ -218,3 +218,18 @@ def test_a_journal_that_is_busy_for_too_long(path: Path) -> None:
             SqliteJournal(path, busy_s=0.05).open("r")
         db.execute("ROLLBACK")
     db.close()
+
+
+def test_a_write_that_fails_says_where_and_leaves_the_journal_usable(path: Path) -> None:
+    journal = SqliteJournal(path)
+    log = journal.open("r")
+    with sqlite3.connect(path) as db:
+        db.execute("ALTER TABLE entries RENAME TO hidden")
+        db.commit()
+        with pytest.raises(JournalError, match=r"runs\.sqlite: .* no such table"):
+            log.append(BEGUN)
+        db.execute("ALTER TABLE hidden RENAME TO entries")
+    db.close()
+    log.append(BEGUN)
+    assert log.read() == [BEGUN]
+    log.close()

@@ -143,10 +143,7 @@ def findings(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFacto
     cache = pytestconfig.cache
     assert cache is not None
     (folder / "program.py").write_text(PROGRAM)
-    # The engine and torch take most of a minute to check and are no part of the claim.
-    (folder / "mypy.ini").write_text(
-        "[mypy]\n[mypy-dspark_backend.*,torch.*]\nfollow_imports = skip"
-    )
+    (folder / "mypy.ini").write_text(SETTINGS)
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--hide-error-context",
          "--cache-dir", str(cache.mkdir("mypy")), "program.py"],
@@ -165,7 +162,8 @@ def _project_path() -> str:
 def test_types_flow_from_declaration_to_result(findings: list[str]) -> None:
     revealed = [line.split('Revealed type is "')[1][:-1] for line in findings if "Revealed" in line]
     for module in ("program.", "builtins.", "dspark_agent.agent.", "dspark_agent.step.",
-                   "dspark_agent.run.", "dspark_agent.context.", "dspark_agent.deferred."):  # fmt: skip
+                   "dspark_agent.run.", "dspark_agent.context.",
+                   "dspark_agent.deferred."):  # fmt: skip
         revealed = [text.replace(module, "") for text in revealed]
     assert revealed == REVEALED
 
