@@ -226,10 +226,7 @@ class Agent(Generic[DepsT, OutT]):
             DSparkError: see the errors under it. Whatever a tool raised, other than ModelRetry
                 and ToolFailed, comes out as it is.
         """
-        async with self._driven(prompt, output_type, options) as run:
-            async for _ in run:
-                pass
-            return run.result
+        return await self._finished(prompt, output_type, options)
 
     @overload
     def run_sync(
@@ -301,20 +298,10 @@ class Agent(Generic[DepsT, OutT]):
         Raises:
             JournalError: there is no such run, or the agent has changed since it was recorded.
             JournalLockedError: another process (or task) is running it.
-            ToolInterruptedError: a tool was begun, its end is not recorded, and it is not
-                idempotent.
-            DSparkError: as :meth:`run`.
+            ToolInterruptedError: a tool that is not idempotent was begun, and no end is recorded.
         """
-        every: RunOptions[DepsT] = {
-            **options,
-            "message_history": None,
-            "journal": journal,
-            "run_id": run_id,
-        }
-        async with self._driven(None, output_type, every, resume=True) as run:
-            async for _ in run:
-                pass
-            return run.result
+        every = cast("RunOptions[DepsT]", {**options, "journal": journal, "run_id": run_id})
+        return await self._finished(None, output_type, every, resume=True)
 
     def iter(
         self, prompt: str | None = None, **options: Unpack[RunOptions[DepsT]]
@@ -356,13 +343,20 @@ class Agent(Generic[DepsT, OutT]):
         )
         return Session(core, History.of(history))
 
+    async def _finished(
+        self, prompt: str | None, output_type: Any, options: RunOptions[DepsT], resume: bool = False
+    ) -> RunResult[Any]:
+        async with self._driven(prompt, output_type, options, resume) as run:
+            async for _ in run:
+                pass
+            return run.result
+
     @asynccontextmanager
     async def _driven(
         self,
         prompt: str | None,
         output_type: Any,
         options: RunOptions[DepsT],
-        *,
         resume: bool = False,
     ) -> AsyncIterator[AgentRun[DepsT, Any]]:
         core = self._core(options, limits=None)
@@ -374,9 +368,7 @@ class Agent(Generic[DepsT, OutT]):
             raise UserError("journal= and run_id= go together: where a run is kept, and its name")
         async with recorded(journal, run_id, results) as record:
             if record is not None:
-                core.record = record
-                begun = None if resume else core.begun(prompt, history)
-                prompt, history = await record.begin(begun)
+                prompt, history = await core.begin(record, prompt, history, resume)
             try:
                 with core.work(limits) as work:
                     await core.open(history)

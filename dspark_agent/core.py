@@ -93,15 +93,22 @@ class Core(Generic[DepsT]):
     async def _open_model(self, token_log: tuple[int, ...] | None) -> ModelSession:
         return await self.model.open(self.plan().turn, token_log=token_log)
 
-    def begun(self, prompt: str | None, history: History) -> RunBegun:
-        """What a journal says of the run's begin."""
-        return RunBegun(
+    async def begin(
+        self, record: RunRecord, prompt: str | None, history: History, resume: bool
+    ) -> tuple[str | None, History]:
+        """Take up ``record``: the prompt and the history that the run begins with there, or began
+        with. ``resume`` takes whatever it began with."""
+        self.record = record
+        if resume:
+            return await record.begin(None)
+        begun = RunBegun(
             agent=self.declaration.name,
             model_name=self.model.name,
             tool_names=tuple(self.runner.tools),
             prompt=prompt,
             history=history,
         )
+        return await record.begin(begun)
 
     async def fork(self) -> Core[DepsT]:
         """An independent copy of the conversation, which shares the model's work so far."""
