@@ -30,6 +30,8 @@ from dspark_agent.declaration import Declaration
 from dspark_agent.errors import UserError
 from dspark_agent.history import History
 from dspark_agent.hooks import Hooks
+from dspark_agent.journal.base import Journal
+from dspark_agent.journal.record import recorded
 from dspark_agent.limits import UsageLimits
 from dspark_agent.messages import ModelRequest, ModelResponse
 from dspark_agent.models import infer_model
@@ -38,6 +40,7 @@ from dspark_agent.output import Output
 from dspark_agent.outputs import OutputForm
 from dspark_agent.relay import EventHandler
 from dspark_agent.run import AgentRun, RunResult
+from dspark_agent.run_options import ResumeOptions, RunOptions
 from dspark_agent.session import Session
 from dspark_agent.settings import ModelSettings
 from dspark_agent.step import UNSET
@@ -53,22 +56,6 @@ T = TypeVar("T")
 P = ParamSpec("P")
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class RunOptions(TypedDict, Generic[DepsT], total=False):
-    """Keywords of every way to run an agent.
-
-    ``deps``: what tools find in ``ctx.deps``. ``message_history``: messages or a History to go on
-    from. ``limits``: instead of the agent's. ``model`` and ``model_settings``: instead of, and
-    over, the agent's. ``on_event``: called (and awaited) with every event.
-    """
-
-    deps: DepsT
-    message_history: History | Sequence[ModelRequest | ModelResponse] | None
-    limits: UsageLimits | None
-    model: Model | str | None
-    model_settings: ModelSettings | None
-    on_event: EventHandler | None
 
 
 class AgentOptions(TypedDict, Generic[DepsT], total=False):
@@ -269,10 +256,7 @@ class Agent(Generic[DepsT, OutT]):
             DSparkError: see the errors under it. Whatever a tool raised, other than ModelRetry
                 and ToolFailed, comes out as it is.
         """
-        async with self._driven(prompt, output_type, options) as run:
-            async for _ in run:
-                pass
-            return run.result
+        return await self._finished(prompt, output_type, options)
 
     @overload
     def run_sync(
@@ -303,6 +287,51 @@ class Agent(Generic[DepsT, OutT]):
     ) -> RunResult[Any]:
         """:meth:`run`, from code that is not async."""
         return anyio.run(partial(self.run, prompt, output_type=output_type, **options))
+
+    @overload
+    async def resume(
+        self, run_id: str, *, journal: Journal, **options: Unpack[ResumeOptions[DepsT]]
+    ) -> RunResult[OutT]: ...
+    @overload
+    async def resume(
+        self,
+        run_id: str,
+        *,
+        journal: Journal,
+        output_type: TypeForm[T],
+        **options: Unpack[ResumeOptions[DepsT]],
+    ) -> RunResult[T]: ...
+    @overload
+    async def resume(
+        self,
+        run_id: str,
+        *,
+        journal: Journal,
+        output_type: OutputForm[T],
+        **options: Unpack[ResumeOptions[DepsT]],
+    ) -> RunResult[T]: ...
+    async def resume(
+        self,
+        run_id: str,
+        *,
+        journal: Journal,
+        output_type: Any = UNSET,
+        **options: Unpack[ResumeOptions[DepsT]],
+    ) -> RunResult[Any]:
+        """Go on with a run that a crash, an error or a pause has ended; its result, if it is done.
+
+        What the journal has is not done again: the model is not asked, no finished tool is
+        called. Output types, output validators and hooks are. The agent, ``output_type`` and
+        ``deps`` are those that the run began with; ``limits`` count what is recorded, while
+        ``wall_seconds`` begins anew.
+
+        Raises:
+            JournalError: there is no such run, or the agent has changed since it was recorded.
+            JournalLockedError: another process (or task) is running it.
+            ToolInterruptedError: a tool that is not idempotent was begun, and no end is recorded.
+        """
+        every = cast("RunOptions[DepsT]", {**options, "journal": journal, "run_id": run_id})
+        return await self._finished(None, output_type, every, resume=True)
 
     def iter(
         self, prompt: str | None = None, **options: Unpack[RunOptions[DepsT]]
@@ -346,18 +375,38 @@ class Agent(Generic[DepsT, OutT]):
         )
         return Session(core, History.of(history))
 
+    async def _finished(
+        self, prompt: str | None, output_type: Any, options: RunOptions[DepsT], resume: bool = False
+    ) -> RunResult[Any]:
+        async with self._driven(prompt, output_type, options, resume) as run:
+            async for _ in run:
+                pass
+            return run.result
+
     @asynccontextmanager
     async def _driven(
-        self, prompt: str | None, output_type: Any, options: RunOptions[DepsT]
+        self,
+        prompt: str | None,
+        output_type: Any,
+        options: RunOptions[DepsT],
+        resume: bool = False,
     ) -> AsyncIterator[AgentRun[DepsT, Any]]:
         core = self._core(options, limits=None)
         limits = options.get("limits") or self._declaration.limits or UsageLimits()
-        try:
-            with core.work(limits) as work:
-                await core.open(History.of(options.get("message_history")), output_type)
-                yield AgentRun(core, work, prompt, output_type)
-        finally:
-            await core.close()
+        history = History.of(options.get("message_history"))
+        results = options.get("deferred_tool_results")
+        journal, run_id = options.get("journal"), options.get("run_id")
+        if (journal is None) != (run_id is None):
+            raise UserError("journal= and run_id= go together: where a run is kept, and its name")
+        async with recorded(journal, run_id, results) as record:
+            if record is not None:
+                prompt, history = await core.begin(record, prompt, history, resume)
+            try:
+                with core.work(limits) as work:
+                    await core.open(history, output_type)
+                    yield AgentRun(core, work, prompt, output_type, results)
+            finally:
+                await core.close()
 
     def _core(self, options: RunOptions[Any], *, limits: UsageLimits | None) -> Core[DepsT]:
         model = options.get("model")

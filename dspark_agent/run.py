@@ -10,11 +10,12 @@ from typing_extensions import TypeVar
 
 from dspark_agent.context import DepsT
 from dspark_agent.core import Core, Work
+from dspark_agent.deferred import DeferredToolRequests, DeferredToolResults
 from dspark_agent.errors import UserError
 from dspark_agent.events import ContextCompacted
 from dspark_agent.history import History
 from dspark_agent.limits import RunUsage, UsageLimits
-from dspark_agent.messages import ModelRequest, ModelResponse
+from dspark_agent.messages import ModelRequest, ModelResponse, ToolCallPart, open_calls
 from dspark_agent.settings import ModelSettings
 from dspark_agent.step import UNSET, StepResult, Unset
 
@@ -27,7 +28,8 @@ class RunResult(Generic[OutT_co]):
 
     ``usage`` is what it used; ``steps`` its model turns, each with its metrics; ``history`` the
     whole conversation, to go on from. ``compactions`` say when it was shortened to fit the model's
-    context, and hold what was left out.
+    context, and hold what was left out. ``interrupted`` are calls that an earlier process had begun
+    and not ended, and that were run again.
     """
 
     output: OutT_co
@@ -36,6 +38,7 @@ class RunResult(Generic[OutT_co]):
     history: History
     new_from: int
     compactions: tuple[ContextCompacted, ...] = ()
+    interrupted: tuple[ToolCallPart, ...] = ()
 
     def all_messages(self) -> list[ModelRequest | ModelResponse]:
         """The whole conversation, the history that the run started from included; where it was
@@ -54,12 +57,18 @@ class AgentRun(Generic[DepsT, OutT_co]):
     """
 
     def __init__(
-        self, core: Core[DepsT], work: Work, prompt: str | None, output_type: Any = UNSET
+        self,
+        core: Core[DepsT],
+        work: Work,
+        prompt: str | None,
+        output_type: Any = UNSET,
+        results: DeferredToolResults | None = None,
     ) -> None:
         self._core = core
         self._work = work
         self._prompt = prompt
         self._output_type = output_type
+        self._results = results
         self._asked = False
         self._attempt = 1
         self._output: OutT_co | Unset = UNSET
@@ -100,6 +109,7 @@ class AgentRun(Generic[DepsT, OutT_co]):
             history=core.history(),
             new_from=core.conversation.run_begin,
             compactions=tuple(core.conversation.compactions[self._first_compaction :]),
+            interrupted=() if core.record is None else tuple(core.record.interrupted),
         )
 
     def __aiter__(self) -> AsyncIterator[StepResult[OutT_co]]:
@@ -140,16 +150,43 @@ class AgentRun(Generic[DepsT, OutT_co]):
             settings=settings,
         )
         with core.work(limits, self._work) as work:
+            settled_s = await self._settle(work)
 
             async def turns() -> StepResult[Any]:
                 if not self._asked:
                     await core.ask(self._prompt, work)
-                return await core.take(plan, work, self._attempt)
+                return await core.take(plan, work, self._attempt, settled_s)
 
             result = await core.committed(work, turns)
         self._asked = True
         finals = any(call.tool_name in plan.turn.output_tools for call in result.tool_calls)
         refused = result.retry_reason is not None and (finals or not result.tool_calls)
         self._attempt = self._attempt + 1 if refused else 1
-        self._output = result.value
+        if not result.is_final:
+            return result
+        if self._decisions() is None:  # else the next step carries them out
+            self._output = result.value
+            await self._end()
         return result
+
+    async def _settle(self, work: Work) -> float:
+        """Carry out what was decided about calls that wait; seconds it took."""
+        results = self._decisions()
+        if results is None:
+            return 0.0
+        settled_s = await self._core.settle(results, work)
+        self._results = None
+        return settled_s
+
+    def _decisions(self) -> DeferredToolResults | None:
+        """Decisions that wait to be carried out: the caller's, or the journal's."""
+        core = self._core
+        if core.record is None:
+            return self._results
+        waiting = open_calls(core.conversation.messages)
+        return core.record.decisions(len(core.conversation.steps) - 1, waiting) if waiting else None
+
+    async def _end(self) -> None:
+        record = self._core.record
+        if record is not None and not isinstance(self._output, DeferredToolRequests):
+            await record.end()
