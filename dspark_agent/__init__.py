@@ -12,12 +12,21 @@ from dspark_agent.agent import Agent
 from dspark_agent.compaction import Compaction
 from dspark_agent.concurrency import fan_out
 from dspark_agent.context import RunContext
+from dspark_agent.deferred import (
+    DeferredToolRequests,
+    DeferredToolResults,
+    ToolApproved,
+    ToolDenied,
+)
 from dspark_agent.delegation import Handoff
 from dspark_agent.errors import (
+    ApprovalRequired,
     ContextLengthError,
     DeadlineExceeded,
     DSparkError,
     GuardrailTripped,
+    JournalError,
+    JournalLockedError,
     ModelError,
     ModelHTTPError,
     ModelNotFoundError,
@@ -27,6 +36,7 @@ from dspark_agent.errors import (
     SchemaError,
     SessionClosedError,
     ToolFailed,
+    ToolInterruptedError,
     ToolRetriesExceeded,
     UnexpectedModelBehavior,
     UsageLimitExceeded,
@@ -46,6 +56,8 @@ from dspark_agent.events import (
 )
 from dspark_agent.history import History
 from dspark_agent.hooks import Hooks
+from dspark_agent.journal.base import Journal
+from dspark_agent.journal.sqlite import SqliteJournal
 from dspark_agent.json_schema import JsonSchema
 from dspark_agent.limits import RequestUsage, RunUsage, UsageLimits
 from dspark_agent.messages import (
@@ -82,12 +94,15 @@ __all__ = [
     "Agent",
     "AgentEvent",
     "AgentRun",
+    "ApprovalRequired",
     "Compaction",
     "ContextCompacted",
     "ContextLengthError",
     "DSparkError",
     "DSparkModel",
     "DeadlineExceeded",
+    "DeferredToolRequests",
+    "DeferredToolResults",
     "EventStream",
     "FinishReason",
     "FunctionModel",
@@ -96,6 +111,9 @@ __all__ = [
     "Handoff",
     "History",
     "Hooks",
+    "Journal",
+    "JournalError",
+    "JournalLockedError",
     "JsonSchema",
     "Model",
     "ModelError",
@@ -123,6 +141,7 @@ __all__ = [
     "SchemaError",
     "Session",
     "SessionClosedError",
+    "SqliteJournal",
     "StepEnd",
     "StepKind",
     "StepMetrics",
@@ -134,12 +153,15 @@ __all__ = [
     "TextOutput",
     "TextPart",
     "Tool",
+    "ToolApproved",
     "ToolCallDelta",
     "ToolCallEnd",
     "ToolCallPart",
     "ToolCallStart",
     "ToolDefinition",
+    "ToolDenied",
     "ToolFailed",
+    "ToolInterruptedError",
     "ToolOutput",
     "ToolResult",
     "ToolRetriesExceeded",

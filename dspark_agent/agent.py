@@ -22,6 +22,7 @@ import anyio
 from typing_extensions import TypeVar as DefaultTypeVar
 from typing_extensions import Unpack
 
+from dspark_agent.agent_options import AgentOptions
 from dspark_agent.compaction import Compaction
 from dspark_agent.context import DepsT, RunContext
 from dspark_agent.core import Core
@@ -30,15 +31,17 @@ from dspark_agent.delegation import DelegateOptions, Handoff, agent_as_tool
 from dspark_agent.errors import UserError
 from dspark_agent.history import History
 from dspark_agent.hooks import Hooks
+from dspark_agent.journal.base import Journal
+from dspark_agent.journal.record import recorded
 from dspark_agent.limits import UsageLimits
 from dspark_agent.messages import ModelRequest, ModelResponse
 from dspark_agent.models import infer_model
 from dspark_agent.models.base import Model
-from dspark_agent.options import AgentOptions, RunOptions
 from dspark_agent.output import Output
 from dspark_agent.outputs import OutputForm
 from dspark_agent.relay import EventHandler
 from dspark_agent.run import AgentRun, RunResult
+from dspark_agent.run_options import ResumeOptions, RunOptions
 from dspark_agent.session import Session
 from dspark_agent.settings import ModelSettings
 from dspark_agent.step import UNSET
@@ -252,10 +255,7 @@ class Agent(Generic[DepsT, OutT]):
             DSparkError: see the errors under it. Whatever a tool raised, other than ModelRetry
                 and ToolFailed, comes out as it is.
         """
-        async with self._driven(prompt, output_type, options) as run:
-            async for _ in run:
-                pass
-            return run.result
+        return await self._finished(prompt, output_type, options)
 
     @overload
     def run_sync(
@@ -286,6 +286,51 @@ class Agent(Generic[DepsT, OutT]):
     ) -> RunResult[Any]:
         """:meth:`run`, from code that is not async."""
         return anyio.run(partial(self.run, prompt, output_type=output_type, **options))
+
+    @overload
+    async def resume(
+        self, run_id: str, *, journal: Journal, **options: Unpack[ResumeOptions[DepsT]]
+    ) -> RunResult[OutT]: ...
+    @overload
+    async def resume(
+        self,
+        run_id: str,
+        *,
+        journal: Journal,
+        output_type: TypeForm[T],
+        **options: Unpack[ResumeOptions[DepsT]],
+    ) -> RunResult[T]: ...
+    @overload
+    async def resume(
+        self,
+        run_id: str,
+        *,
+        journal: Journal,
+        output_type: OutputForm[T],
+        **options: Unpack[ResumeOptions[DepsT]],
+    ) -> RunResult[T]: ...
+    async def resume(
+        self,
+        run_id: str,
+        *,
+        journal: Journal,
+        output_type: Any = UNSET,
+        **options: Unpack[ResumeOptions[DepsT]],
+    ) -> RunResult[Any]:
+        """Go on with a run that a crash, an error or a pause has ended; its result, if it is done.
+
+        What the journal has is not done again: the model is not asked, no finished tool is
+        called. Output types, output validators and hooks are. The agent, ``output_type`` and
+        ``deps`` are those that the run began with; ``limits`` count what is recorded, while
+        ``wall_seconds`` begins anew.
+
+        Raises:
+            JournalError: there is no such run, or the agent has changed since it was recorded.
+            JournalLockedError: another process (or task) is running it.
+            ToolInterruptedError: a tool that is not idempotent was begun, and no end is recorded.
+        """
+        every = cast("RunOptions[DepsT]", {**options, "journal": journal, "run_id": run_id})
+        return await self._finished(None, output_type, every, resume=True)
 
     def iter(
         self, prompt: str | None = None, **options: Unpack[RunOptions[DepsT]]
@@ -335,24 +380,54 @@ class Agent(Generic[DepsT, OutT]):
         core = self._core(options, limits=limits or self._declaration.limits)
         return Session(core, History.of(history))
 
+    async def _finished(
+        self, prompt: str | None, output_type: Any, options: RunOptions[DepsT], resume: bool = False
+    ) -> RunResult[Any]:
+        async with self._driven(prompt, output_type, options, resume) as run:
+            async for _ in run:
+                pass
+            return run.result
+
     @asynccontextmanager
     async def _driven(
-        self, prompt: str | None, output_type: Any, options: RunOptions[DepsT]
+        self,
+        prompt: str | None,
+        output_type: Any,
+        options: RunOptions[DepsT],
+        resume: bool = False,
     ) -> AsyncIterator[AgentRun[DepsT, Any]]:
         core = self._core(options, limits=None)
         limits = options.get("limits") or self._declaration.limits or UsageLimits()
+        history = History.of(options.get("message_history"))
+        results = options.get("deferred_tool_results")
+        journal, run_id = options.get("journal"), options.get("run_id")
+        if (journal is None) != (run_id is None):
+            raise UserError("journal= and run_id= go together: where a run is kept, and its name")
+        if journal is not None:
+            self._check_keeps_its_agent()
 
         def successor(handoff: Handoff[DepsT]) -> Core[Any]:
             return handoff.agent._core(options, limits=None)
 
-        run: AgentRun[DepsT, Any] | None = None
-        try:
-            with core.work(limits) as work:
-                await core.open(History.of(options.get("message_history")), output_type)
-                run = AgentRun(core, work, prompt, output_type, successor)
-                yield run
-        finally:
-            await (core if run is None else run.core).close()
+        async with recorded(journal, run_id, results) as record:
+            if record is not None:
+                prompt, history = await core.begin(record, prompt, history, resume)
+            run: AgentRun[DepsT, Any] | None = None
+            try:
+                with core.work(limits) as work:
+                    await core.open(history, output_type)
+                    run = AgentRun(core, work, prompt, output_type, results, successor)
+                    yield run
+            finally:
+                await (core if run is None else run.core).close()
+
+    def _check_keeps_its_agent(self) -> None:
+        for name, tool in self._declaration.tools.items():
+            if isinstance(tool, Handoff):
+                raise UserError(
+                    f"agent {self.name!r} has the handoff {name!r}: a journal keeps the run of one "
+                    "agent; use as_tool(), or run without journal="
+                )
 
     def _core(self, options: RunOptions[Any], *, limits: UsageLimits | None) -> Core[DepsT]:
         model = options.get("model")

@@ -22,19 +22,28 @@ from dspark_agent.step import UNSET, StepPlan, Unset
 
 ACCEPTED = "The answer was accepted."
 SURPLUS = "Not used: another call of this turn gave the answer."
+TOO_EARLY = (
+    "Not used: other calls of this turn wait for approval; answer when you know their results."
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the check came to: a value, or why it was refused."""
+    """What the check came to: a value, or why it was refused.
+
+    ``told`` is what the model reads about each call of an output tool, in their order.
+    """
 
     value: Any | Unset = UNSET
     reason: str | None = None
+    told: tuple[ToolPart, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerCheck:
     """Checks the answers of one turn, the ``attempt``-th of its step (from 1).
+
+    ``known`` is the answer that was refused before, where a run goes on from its journal.
 
     Raises:
         OutputError: from all methods, where the output was refused ``plan.retries`` times already.
@@ -44,43 +53,44 @@ class AnswerCheck:
     plan: StepPlan
     ctx: RunContext[Any]
     attempt: int
+    known: Answer | None = None
 
     async def written(self, response: ModelResponse) -> Answer:
         """The answer in what the model wrote."""
+        if self.known is not None:
+            return self.known
         try:
             return Answer(await self._finished(await self._read(response)))
         except ModelRetry as error:
             return self._refused(error.message, response, text=response.text)
 
-    async def called(
-        self, response: ModelResponse, finals: Sequence[ToolCallPart]
-    ) -> tuple[Answer, list[ToolPart]]:
-        """The answer in calls of output tools, and what the model is told about each, in order.
-
-        The first that is accepted is the answer.
-        """
+    async def called(self, response: ModelResponse, finals: Sequence[ToolCallPart]) -> Answer:
+        """The answer in calls of output tools: the first that is accepted."""
+        if self.known is not None:
+            return self.known
         value: Any | Unset = UNSET
         reason = ""
-        parts: list[ToolPart] = []
+        told: list[ToolPart] = []
         for call in finals:
             if value is not UNSET:
-                parts.append(_returned(call, SURPLUS))
+                told.append(_returned(call, SURPLUS))
                 continue
             ctx = replace(self.ctx, tool_name=call.tool_name, tool_call_id=call.tool_call_id)
             try:
                 value = await self.plan.output.tools[call.tool_name].value(call.args, ctx)
                 value = await self._finished(value)
-                parts.append(_returned(call, ACCEPTED))
+                told.append(_returned(call, ACCEPTED))
             except ModelRetry as error:
                 value, reason = UNSET, error.message
-                parts.append(
+                told.append(
                     RetryPromptPart(
                         content=reason, tool_name=call.tool_name, tool_call_id=call.tool_call_id
                     )
                 )
         if value is not UNSET:
-            return Answer(value), parts
-        return self._refused(reason, response, text=finals[-1].args_json()), parts
+            return Answer(value, told=tuple(told))
+        refused = self._refused(reason, response, text=finals[-1].args_json())
+        return replace(refused, told=tuple(told))
 
     async def _read(self, response: ModelResponse) -> Any:
         if self.plan.needs_call:
@@ -104,6 +114,11 @@ class AnswerCheck:
         if self.attempt > self.plan.retries:
             raise OutputError(reason, text=text, attempts=self.attempt)
         return Answer(reason=reason)
+
+
+def too_early(finals: Sequence[ToolCallPart]) -> tuple[ToolPart, ...]:
+    """What the model reads about an answer that it gave while other calls wait for approval."""
+    return tuple(_returned(call, TOO_EARLY) for call in finals)
 
 
 def _returned(call: ToolCallPart, content: str) -> ToolReturnPart:

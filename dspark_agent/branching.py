@@ -17,8 +17,7 @@ async def branched(
     core: Core[DepsT], ctx: RunContext[DepsT], before: Conversation, model_mark: object
 ) -> Core[DepsT]:
     """A fork in the middle of a step: the conversation as it was before, as part of ``ctx``."""
-    model_session = await core.model_session.fork()
-    await model_session.rollback(model_mark)
+    model_session = await core.model_session.fork_at(model_mark)
     child = core.sibling(ctx)
     child.start(model_session, before.copy(), None)
     return child
@@ -30,7 +29,8 @@ async def take_over(core: Core[Any], other: Core[Any], work: Work, output_type: 
     core.usage = other.usage
     first, *rest = other.conversation.messages
     said = [part for part in first.parts if not isinstance(part, SystemPromptPart)]
-    parts = (*await core.instructions(work), *said)
+    system = await core.instructions(work)
+    parts = (*([SystemPromptPart(content=system)] if system else []), *said)
     begin = [first.model_copy(update={"parts": parts})] if parts else []
     await core.open(History(messages=(*begin, *rest)), output_type)
     gone = len(other.conversation.messages) - len(core.conversation.messages)

@@ -19,6 +19,8 @@ from dspark_agent.compaction import (
 )
 from dspark_agent.errors import ContextLengthError, UnexpectedModelBehavior, UserError
 from dspark_agent.events import CompactionReason, ContextCompacted
+from dspark_agent.journal.entries import Compacted
+from dspark_agent.journal.session import RecordedSession
 from dspark_agent.limits import RequestUsage
 from dspark_agent.messages import ModelResponse, UserPromptPart
 from dspark_agent.models.base import ModelEvent, ModelSession, ModelTurn
@@ -36,6 +38,20 @@ class _Summary:
     text: str
     kept: int
     usage: RequestUsage
+
+
+async def make_room(core: Core[Any], work: Work, policy: Compaction) -> None:
+    """Shorten the conversation where the next step is to begin with less, or where the journal says
+    that it was shortened before that step."""
+    while (known := _known(core)) is not None:
+        await compact(core, work, policy, known.reason)
+    session = core.model_session
+    if isinstance(session, RecordedSession):
+        if session.is_recorded:
+            return
+        await session.live()  # which alone knows its window
+    if policy.is_due(core.conversation.context_tokens, session.context_window):
+        await compact(core, work, policy, CompactionReason.SHARE)
 
 
 async def compact(
@@ -56,7 +72,13 @@ async def compact(
     kept = first_kept(messages, policy.keep_turns)
     if kept is None:
         return False
-    if policy.summarise is None:
+    known = _known(core)
+    if known is not None:
+        summary = _Summary(known.summary, known.kept, known.usage)
+        if policy.summarise is None:
+            core.usage.count_request()
+            core.usage.count_tokens(known.usage)
+    elif policy.summarise is None:
         summary = await _written(core, work, policy, messages, kept)
     else:
         text = await _given(policy, messages[:kept])
@@ -80,9 +102,28 @@ async def compact(
         compactions=[*before.compactions, record],
         run_begin=new_index(messages, kept, before.run_begin),
     )
+    if core.record is not None and known is None:
+        await core.record.write(
+            Compacted(
+                number=len(before.compactions),
+                step=record.step,
+                reason=reason,
+                kept=kept,
+                summary=summary.text,
+                usage=summary.usage,
+            )
+        )
     await core.reopen(after)
     await EventRelay(core.on_event, record.step, core.declaration.output).send(record)
     return True
+
+
+def _known(core: Core[Any]) -> Compacted | None:
+    """What the journal has of a compaction that comes next, before the step that comes next."""
+    if core.record is None:
+        return None
+    known = core.record.find(Compacted, len(core.conversation.compactions))
+    return known if known is not None and known.step == len(core.conversation.steps) else None
 
 
 async def _written(

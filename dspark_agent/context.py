@@ -54,9 +54,10 @@ class RunContext(Generic[DepsT_co]):
 
     ``deps`` is what the caller passed to the run; ``messages`` the conversation so far; ``usage``
     what the session has used; ``run_step`` the step's number, from 0. ``retry`` counts how often
-    in a row this tool (or output) has been refused, of ``max_retries`` allowed. ``deadline`` is
-    on the event loop's clock (``anyio.current_time()``), ``inf`` when there is none. Give the
-    context on as ``parent=ctx`` to a run that is part of this one.
+    in a row this tool (or output) has been refused, of ``max_retries`` allowed;
+    ``tool_call_approved`` says whether somebody approved this very call. ``deadline`` is on the
+    event loop's clock (``anyio.current_time()``), ``inf`` when there is none. Give the context on
+    as ``parent=ctx`` to a run that is part of this one.
     """
 
     deps: DepsT_co
@@ -67,6 +68,7 @@ class RunContext(Generic[DepsT_co]):
     max_retries: int = 0
     tool_name: str | None = None
     tool_call_id: str | None = None
+    tool_call_approved: bool = False
     deadline: float = float("inf")
     cancellation: Cancellation = field(default_factory=Cancellation, repr=False)
     budgets: tuple[Budget, ...] = field(default=(), repr=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -65,6 +66,23 @@ class Conversation:
             self.messages[-1] = ModelRequest(parts=(*last.parts, *parts))
         else:
             self.messages.append(ModelRequest(parts=parts))
+
+    def answer(self, parts: Sequence[RequestPart]) -> None:
+        """Add the results of calls that had waited; all results are in the order of the calls."""
+        answered: tuple[RequestPart, ...] = ()
+        last = self.messages[-1]
+        if isinstance(last, ModelRequest):
+            answered = last.parts
+            self.messages.pop()
+            last = self.messages[-1]
+        assert isinstance(last, ModelResponse)
+        order = {call.tool_call_id: place for place, call in enumerate(last.tool_calls)}
+
+        def place(part: RequestPart) -> int:
+            call_id = getattr(part, "tool_call_id", None)
+            return len(order) if call_id is None else order.get(call_id, len(order))
+
+        self.messages.append(ModelRequest(parts=tuple(sorted((*answered, *parts), key=place))))
 
     def heard(self, response: ModelResponse) -> None:
         """Add the model's response; everything before it counts as sent."""

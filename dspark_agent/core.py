@@ -13,10 +13,11 @@ from dspark_agent import budget
 from dspark_agent.branching import branched
 from dspark_agent.budget import Budget
 from dspark_agent.calling import call_with_ctx
-from dspark_agent.compacting import compact
+from dspark_agent.compacting import compact, make_room
 from dspark_agent.context import Cancellation, DepsT, RunContext
 from dspark_agent.conversation import Conversation
 from dspark_agent.declaration import Declaration
+from dspark_agent.deferred import DeferredToolResults
 from dspark_agent.errors import (
     ContextLengthError,
     DeadlineExceeded,
@@ -27,11 +28,15 @@ from dspark_agent.errors import (
 from dspark_agent.events import CompactionReason
 from dspark_agent.guards import check_guards
 from dspark_agent.history import History
+from dspark_agent.journal.entries import RunBegun
+from dspark_agent.journal.record import RunRecord
+from dspark_agent.journal.session import RecordedSession
 from dspark_agent.limits import RunUsage, UsageLimits
 from dspark_agent.messages import SystemPromptPart, UserPromptPart
 from dspark_agent.models.base import Model, ModelSession, ModelTurn
 from dspark_agent.relay import EventHandler
 from dspark_agent.settings import ModelSettings
+from dspark_agent.settling import settle
 from dspark_agent.step import UNSET, StepPlan, StepResult
 from dspark_agent.turn import TurnTaker
 
@@ -61,6 +66,7 @@ class Core(Generic[DepsT]):
         settings: ModelSettings | None = None,
         limits: UsageLimits | None = None,
         on_event: EventHandler | None = None,
+        record: RunRecord | None = None,
         parent: RunContext[Any] | None = None,
     ) -> None:
         declaration.check_deps(deps)
@@ -70,6 +76,7 @@ class Core(Generic[DepsT]):
         self.settings = settings
         self.limits = limits
         self.on_event = on_event
+        self.record = record
         self.runner = declaration.runner()
         self.conversation = Conversation()
         self.usage = RunUsage.part_of(None if parent is None else parent.usage)
@@ -88,20 +95,55 @@ class Core(Generic[DepsT]):
     async def open(self, history: History, output_type: Any = UNSET) -> None:
         """Open the model's side; go on from ``history`` (from its token log where that fits).
 
-        ``output_type`` is that of the steps to come, the agent's own when left out.
+        ``output_type`` is that of the steps to come, the agent's own when left out. With a journal,
+        the model is opened when a turn needs it.
         """
-        widest = self.plan(output_type=output_type, tools=tuple(self.runner.tools)).turn
-        resumes = history.resumes(self.model.name, widest.tool_names)
+        self.widest = self.plan(output_type=output_type, tools=tuple(self.runner.tools)).turn
+        resumes = history.resumes(self.model.name, self.widest.tool_names)
         token_log = history.token_log if resumes else None
-        model_session = await self.model.open(widest, token_log=token_log)
-        self.widest = widest
         conversation = Conversation(
             messages=list(history.messages),
             sent=history.logged_messages if resumes else 0,
             context_tokens=len(token_log or ()),
             run_begin=len(history.messages),
         )
-        self.start(model_session, conversation, self.limits)
+        session = await self._open_session(conversation, token_log)
+        self.start(session, conversation, self.limits)
+
+    async def _open_session(
+        self, conversation: Conversation, token_log: tuple[int, ...] | None
+    ) -> ModelSession:
+        """The model's side of ``conversation``; through the journal, where there is one."""
+        if self.record is None:
+            return await self._open_model(token_log)
+        return RecordedSession(
+            self.record,
+            self._open_model,
+            step=len(conversation.steps),
+            said=conversation.messages[: conversation.sent],
+            log=token_log,
+            log_owner=" ".join((self.model.name, *self.widest.tool_names)),
+        )
+
+    async def _open_model(self, token_log: tuple[int, ...] | None) -> ModelSession:
+        return await self.model.open(self.widest, token_log=token_log)
+
+    async def begin(
+        self, record: RunRecord, prompt: str | None, history: History, resume: bool
+    ) -> tuple[str | None, History]:
+        """Take up ``record``: the prompt and the history that the run begins with there, or began
+        with. ``resume`` takes whatever it began with."""
+        self.record = record
+        if resume:
+            return await record.begin(None)
+        begun = RunBegun(
+            agent=self.declaration.name,
+            model_name=self.model.name,
+            tool_names=tuple(self.runner.tools),
+            prompt=prompt,
+            history=history,
+        )
+        return await record.begin(begun)
 
     async def fork(self, *, shares_limits: bool = False) -> Core[DepsT]:
         """An independent copy of the conversation, which shares the model's work so far; with
@@ -158,7 +200,7 @@ class Core(Generic[DepsT]):
 
     async def reopen(self, conversation: Conversation) -> None:
         """Go on with ``conversation`` in a new model session, which is told all of it anew."""
-        opened = await self.model.open(self.widest)
+        opened = await self._open_session(conversation, None)
         before, self._model_session = self.model_session, opened
         self.conversation = conversation
         self.epoch += 1
@@ -246,20 +288,19 @@ class Core(Generic[DepsT]):
         ``turns`` is taken again only if it failed before the model had written anything.
         """
         policy = self.declaration.compaction
-        if policy is None:
-            async with self.whole_or_not_at_all():
-                return await turns()
-        window = self.model_session.context_window
-        if policy.is_due(self.conversation.context_tokens, window):
+        if policy is not None:
             with self._exclusive():
-                await compact(self, work, policy, CompactionReason.SHARE)
+                await make_room(self, work, policy)
         while True:
-            requests = self.usage.requests
+            sent = self.conversation.sent
             try:
                 async with self.whole_or_not_at_all():
-                    return await turns()
+                    try:
+                        return await turns()
+                    finally:
+                        was_heard = self.conversation.sent != sent
             except ContextLengthError:
-                if self.usage.requests != requests:
+                if policy is None or was_heard:
                     raise
                 with self._exclusive():
                     if not await compact(self, work, policy, CompactionReason.OVERFLOW):
@@ -342,11 +383,12 @@ class Core(Generic[DepsT]):
         """
         if self.conversation.has_open_calls:
             raise UserError(
-                "the history ends with tool calls that have no results; add their ToolReturnParts "
-                "or leave the last response out"
+                "the history ends with tool calls that have no results; decide about them with "
+                "deferred_tool_results=..., add their ToolReturnParts, or leave the last response "
+                "out"
             )
-        if not self.conversation.messages:
-            self.conversation.ask(*await self.instructions(work))
+        if not self.conversation.messages and (system := await self.instructions(work)):
+            self.conversation.ask(SystemPromptPart(content=system))
         if prompt is not None:
             guards = self.declaration.input_guards
             await check_guards(guards, self.context(work), prompt, place="input")
@@ -354,16 +396,47 @@ class Core(Generic[DepsT]):
         elif not self.conversation.has_news:
             raise UserError("nothing to answer: the model had the last word; give a prompt")
 
-    async def instructions(self, work: Work) -> list[SystemPromptPart]:
-        """The agent's instructions as they are now: one part, or none."""
+    async def instructions(self, work: Work) -> str:
+        """The agent's instructions now, or as the run's journal has them."""
+        known = None if self.record is None else await self.record.instructions(None)
+        if known is not None:
+            return known
         texts = [
             text if isinstance(text, str) else await call_with_ctx(text, self.context(work))
             for text in self.declaration.instructions
         ]
         system = "\n\n".join(text for text in texts if text)
-        return [SystemPromptPart(content=system)] if system else []
+        if self.record is not None:
+            await self.record.instructions(system)
+        return system
 
-    async def take(self, plan: StepPlan, work: Work, attempt: int) -> StepResult[Any]:
+    async def settle(self, results: DeferredToolResults, work: Work) -> float:
+        """Carry out decisions about calls that wait: see :func:`settling.settle`.
+
+        What the calls did outside cannot be undone, so their results stand whatever comes next.
+        """
+        async with self.whole_or_not_at_all():
+            return await settle(
+                self._taker(),
+                self.conversation,
+                results,
+                ctx=self.context(work),
+                budgets=work.budgets,
+            )
+
+    def _taker(self) -> TurnTaker[DepsT]:
+        return TurnTaker(
+            self.model_session,
+            self.runner,
+            self.on_event,
+            self.usage,
+            self.declaration.hooks,
+            self.record,
+        )
+
+    async def take(
+        self, plan: StepPlan, work: Work, attempt: int, settled_s: float = 0.0
+    ) -> StepResult[Any]:
         """One turn: see :meth:`TurnTaker.take`."""
         ctx = self.context(work)
         before, model_mark = self.conversation.copy(), self.model_session.mark()
@@ -374,15 +447,13 @@ class Core(Generic[DepsT]):
             return Session(await branched(self, ctx, before, model_mark), History())
 
         self._say_format(plan)
-        taker = TurnTaker(
-            self.model_session, self.runner, self.on_event, self.usage, self.declaration.hooks
-        )
-        return await taker.take(
+        return await self._taker().take(
             self.conversation,
             plan,
             ctx=replace(ctx, forker=fork),
             budgets=work.budgets,
             attempt=attempt,
+            settled_s=settled_s,
         )
 
     def _say_format(self, plan: StepPlan) -> None:

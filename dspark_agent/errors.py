@@ -5,7 +5,8 @@ Every message says what was wrong, where, and what to do about it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dspark_agent.limits import UsageLimits
@@ -160,6 +161,40 @@ class RunCancelled(DSparkError):  # noqa: N818 - reads as the event it reports
         self.reason = reason
 
 
+class JournalError(DSparkError):
+    """A run's journal cannot be read or written, or does not fit the run that goes on from it."""
+
+
+class JournalLockedError(JournalError):
+    """Somebody else is writing the run; ``path`` is the journal, ``owner`` who has it."""
+
+    def __init__(self, path: str, run_id: str, *, owner: str) -> None:
+        super().__init__(
+            f"{path}: run {run_id!r} is being written by {owner}; wait for it or end it, then "
+            "resume"
+        )
+        self.path = path
+        self.run_id = run_id
+        self.owner = owner
+
+
+class ToolInterruptedError(DSparkError):
+    """Tool calls had begun when the run was cut off, and nobody knows whether they took effect.
+
+    ``calls`` are pairs of tool name and ``tool_call_id``.
+    """
+
+    def __init__(self, where: str, calls: Sequence[tuple[str, str]]) -> None:
+        named = ", ".join(f"{name} ({call_id})" for name, call_id in calls)
+        super().__init__(
+            f"{where}: begun, but no end recorded: {named}. Find out what the calls did, then "
+            "resume with deferred_tool_results=DeferredToolResults(...): calls={ID: RESULT} for a "
+            "call that took effect, approvals={ID: ToolApproved(again=True)} to run it (again). "
+            "A tool declared idempotent=True is run again without asking."
+        )
+        self.calls = tuple(calls)
+
+
 class ModelRetry(Exception):  # noqa: N818 - the name pydantic-ai's users know
     """Raised by a tool or output validator: the model should try again, and this is why.
 
@@ -177,3 +212,15 @@ class ToolFailed(Exception):  # noqa: N818 - reads as the event it reports
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
+
+
+class ApprovalRequired(Exception):  # noqa: N818 - the name pydantic-ai's users know
+    """Raised by a tool before it does anything: this call needs approval.
+
+    The run pauses; once approved, the tool is called again with ``ctx.tool_call_approved`` set.
+    ``metadata`` (JSON) goes to whoever decides.
+    """
+
+    def __init__(self, metadata: Mapping[str, Any] | None = None) -> None:
+        super().__init__("this call needs approval")
+        self.metadata = dict(metadata or {})

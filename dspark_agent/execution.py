@@ -5,23 +5,36 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Generic
 
 import anyio
+import pydantic_core
 from pydantic import ValidationError
 
 from dspark_agent import hooks
 from dspark_agent.context import DepsT, RunContext
-from dspark_agent.errors import ModelRetry, ToolFailed, ToolRetriesExceeded
+from dspark_agent.deferred import AwaitsApproval
+from dspark_agent.errors import (
+    ApprovalRequired,
+    ModelRetry,
+    ToolFailed,
+    ToolRetriesExceeded,
+    UserError,
+)
 from dspark_agent.function_schema import validation_text
 from dspark_agent.hooks import Hooks
+from dspark_agent.journal.calls import CallLedger
 from dspark_agent.json_schema import complaints
 from dspark_agent.messages import RetryPromptPart, ToolCallPart, ToolReturnPart
 from dspark_agent.tools import Tool, ToolDefinition
 
 ToolPart = ToolReturnPart | RetryPromptPart
+CallOutcome = ToolPart | AwaitsApproval
 OnResult = Callable[[int, ToolPart, float], Awaitable[None]]
 """Told of each result as it comes: the call's place in the step, the result, its seconds."""
+Begins = Callable[[ToolCallPart], Awaitable[None]]
+"""Told of a call when nothing is left to check and the tool is about to run."""
 
 
 @dataclass(slots=True)
@@ -54,29 +67,35 @@ class ToolRunner(Generic[DepsT]):
         ctx: RunContext[DepsT],
         count: RetryCount,
         on_result: OnResult,
-    ) -> list[ToolPart]:
-        """Run ``calls``; one result each, in order.
+        ledger: CallLedger | None = None,
+    ) -> list[CallOutcome]:
+        """Run ``calls``; one outcome each, in order.
 
         Calls of one step run at the same time, but for those of ``sequential`` tools. ``offered``
         are the tools of this step by name, narrowed as the step narrows them: what does not fit
-        is refused.
+        is refused. Calls that need approval are not run, unless ``ctx.tool_call_approved``. Calls
+        that ``ledger`` has the outcome of are not run again.
 
         Raises:
             ToolRetriesExceeded: a tool asked for more retries in a row than it has.
-            Exception: whatever a tool raised other than ModelRetry and ToolFailed; the step's
-                other calls are cancelled.
+            ToolInterruptedError: ``ledger`` has the begin of a call and not its end.
+            Exception: whatever a tool raised other than ModelRetry, ToolFailed and
+                ApprovalRequired; the step's other calls are cancelled.
         """
-        results: dict[int, ToolPart] = {}
+        outcomes: dict[int, CallOutcome] = {}
+        if ledger is not None:
+            calls = await ledger.resumed(calls, self.tools)
 
         async def run_one(index: int) -> None:
             began = time.perf_counter()
-            part = await self._hooked(calls[index], offered, ctx, count)
-            results[index] = part
-            await on_result(index, part, time.perf_counter() - began)
+            outcome = await self._recorded(index, calls[index], offered, ctx, count, ledger)
+            outcomes[index] = outcome
+            if not isinstance(outcome, AwaitsApproval):
+                await on_result(index, outcome, time.perf_counter() - began)
 
         for batch in self._batches(calls):
             await _all([(run_one, index) for index in batch])
-        ordered = [results[index] for index in range(len(calls))]
+        ordered = [outcomes[index] for index in range(len(calls))]
         self._count_retries(calls, ordered, count)
         return ordered
 
@@ -94,14 +113,16 @@ class ToolRunner(Generic[DepsT]):
         if batch:
             yield batch
 
-    async def _hooked(
+    async def _recorded(
         self,
+        index: int,
         call: ToolCallPart,
         offered: Mapping[str, ToolDefinition],
         ctx: RunContext[DepsT],
         count: RetryCount,
-    ) -> ToolPart:
-        """One call with the hooks around it."""
+        ledger: CallLedger | None,
+    ) -> CallOutcome:
+        """One call, unless the journal has what came of it."""
         ctx = replace(
             ctx,
             retry=count.by_tool.get(call.tool_name, 0),
@@ -109,10 +130,31 @@ class ToolRunner(Generic[DepsT]):
             tool_name=call.tool_name,
             tool_call_id=call.tool_call_id,
         )
+        if ledger is None:
+            return await self._hooked(call, offered, ctx, _nothing)
+        known = ledger.outcome(index)
+        if known is not None:
+            return known
+        begins = partial(ledger.begins, index)
+        return await ledger.ends(index, call, await self._hooked(call, offered, ctx, begins))
+
+    async def _hooked(
+        self,
+        call: ToolCallPart,
+        offered: Mapping[str, ToolDefinition],
+        ctx: RunContext[DepsT],
+        begins: Begins,
+    ) -> CallOutcome:
+        """One call with the hooks around it; one that waits for approval has only those before."""
         try:
-            hooked = await hooks.before_tool(self.hooks, ctx, call)
-            part = await self._call(hooked, offered, ctx)
-            return await hooks.after_tool(self.hooks, ctx, hooked, part)
+            try:
+                hooked = await hooks.before_tool(self.hooks, ctx, call)
+            except ApprovalRequired as error:
+                return _awaits(call, error, ctx)
+            outcome = await self._call(hooked, offered, ctx, begins)
+            if isinstance(outcome, AwaitsApproval):
+                return outcome
+            return await hooks.after_tool(self.hooks, ctx, hooked, outcome)
         except ModelRetry as error:
             return RetryPromptPart(
                 content=error.message, tool_name=call.tool_name, tool_call_id=call.tool_call_id
@@ -121,8 +163,12 @@ class ToolRunner(Generic[DepsT]):
             return _failed(call, error)
 
     async def _call(
-        self, call: ToolCallPart, offered: Mapping[str, ToolDefinition], ctx: RunContext[DepsT]
-    ) -> ToolPart:
+        self,
+        call: ToolCallPart,
+        offered: Mapping[str, ToolDefinition],
+        ctx: RunContext[DepsT],
+        begins: Begins,
+    ) -> CallOutcome:
         def retry(reason: str) -> RetryPromptPart:
             return RetryPromptPart(
                 content=reason, tool_name=call.tool_name, tool_call_id=call.tool_call_id
@@ -139,10 +185,15 @@ class ToolRunner(Generic[DepsT]):
         narrowed = offered[call.tool_name].parameters
         if narrowed is not tool.schema.parameters and (found := complaints(narrowed, call.args)):
             return retry("\n".join(["Wrong arguments for this step:", *found]))
+        if not ctx.tool_call_approved and await tool.needs_approval(ctx, arguments):
+            return AwaitsApproval(call=call)
+        await begins(call)
         try:
             return await self._return_of(tool, ctx, arguments, call, retry)
         except ModelRetry as error:
             return retry(error.message)
+        except ApprovalRequired as error:
+            return _awaits(call, error, ctx)
         except ToolFailed as error:
             return _failed(call, error)
 
@@ -168,7 +219,7 @@ class ToolRunner(Generic[DepsT]):
         return self.retries if tool is None or tool.retries is None else tool.retries
 
     def _count_retries(
-        self, calls: Sequence[ToolCallPart], parts: Sequence[ToolPart], count: RetryCount
+        self, calls: Sequence[ToolCallPart], parts: Sequence[CallOutcome], count: RetryCount
     ) -> None:
         refused = {
             call.tool_name: part.content
@@ -183,6 +234,10 @@ class ToolRunner(Generic[DepsT]):
                 raise ToolRetriesExceeded(name, reason, retries=self._retries_of(name))
 
 
+async def _nothing(call: ToolCallPart) -> None:
+    """What the begin of a call means where nobody keeps a ledger."""
+
+
 def _failed(call: ToolCallPart, error: ToolFailed) -> ToolReturnPart:
     return ToolReturnPart(
         tool_name=call.tool_name,
@@ -190,6 +245,21 @@ def _failed(call: ToolCallPart, error: ToolFailed) -> ToolReturnPart:
         tool_call_id=call.tool_call_id,
         outcome="failed",
     )
+
+
+def _awaits(call: ToolCallPart, asked: ApprovalRequired, ctx: RunContext[Any]) -> AwaitsApproval:
+    if ctx.tool_call_approved:
+        raise UserError(
+            f"tool {call.tool_name!r} raised ApprovalRequired for a call that was approved; look "
+            "at ctx.tool_call_approved first"
+        )
+    try:
+        metadata = pydantic_core.to_jsonable_python(asked.metadata)
+    except ValueError as error:  # pydantic's own is one, and bytes that are no text are another
+        raise UserError(
+            f"tool {call.tool_name!r}: the metadata of ApprovalRequired is no JSON: {error}"
+        ) from error
+    return AwaitsApproval(call=call, metadata=metadata)
 
 
 async def _all(jobs: Sequence[tuple[Callable[[int], Awaitable[None]], int]]) -> None:

@@ -12,6 +12,7 @@ import pydantic_core
 
 from dspark_agent.calling import call_with_ctx
 from dspark_agent.context import RunContext
+from dspark_agent.deferred import DeferredToolRequests
 from dspark_agent.errors import SchemaError, UserError
 from dspark_agent.output_tool import DEFAULT_NAME, OutputTool, is_function
 from dspark_agent.outputs import (
@@ -35,7 +36,9 @@ class Output(Generic[T]):
 
     ``schema`` is a JSON Schema of type object that a model is held to, or None; ``allow_text`` says
     whether the turn may hold plain text; ``tools`` are those whose call answers, by name;
-    ``prompt`` is what the model has to be told about the answer, if anything.
+    ``prompt`` is what the model has to be told about the answer, if anything. ``allow_deferred``
+    says whether the step may pause with :class:`DeferredToolRequests`, which the model is not told
+    about.
 
     Raises:
         SchemaError: the output type cannot be asked for.
@@ -43,6 +46,7 @@ class Output(Generic[T]):
 
     def __init__(self, output_type: Any) -> None:
         options = _Options(output_type)
+        self.allow_deferred = options.deferred
         self.tools: Mapping[str, OutputTool] = _tools(options.called)
         self._text = options.text
         self._prompted = options.prompted is not None
@@ -105,7 +109,14 @@ class _Options:
         self.types: list[Any] = []
         self.called: list[ToolOutput[Any]] = []
         self.prompted: PromptedOutput[Any] | None = None
-        options = _flat(output_type)
+        every = _flat(output_type)
+        options = [option for option in every if option is not DeferredToolRequests]
+        self.deferred = len(options) < len(every)
+        if not options:
+            raise SchemaError(
+                "output_type=DeferredToolRequests is how a run pauses; say how it ends too, as in "
+                "output_type=str | DeferredToolRequests"
+            )
         for option in options:
             self._take(option)
         if self.prompted is not None:
@@ -151,7 +162,8 @@ def _only_types(marker: NativeOutput[Any] | PromptedOutput[Any]) -> list[Any]:
     kind = type(marker).__name__
     options = _flat(marker.outputs)
     for option in options:
-        if option is str or is_function(option) or is_marker(option):
+        pauses = option is DeferredToolRequests
+        if option is str or pauses or is_function(option) or is_marker(option):
             raise SchemaError(
                 f"{kind}: {type_name(option)} is no type that JSON is asked for; put it beside: "
                 f"{kind}(A) | {type_name(option)}"

@@ -11,12 +11,19 @@ from typing_extensions import TypeVar
 from dspark_agent.branching import take_over
 from dspark_agent.context import DepsT
 from dspark_agent.core import Core, Work
+from dspark_agent.deferred import DeferredToolRequests, DeferredToolResults
 from dspark_agent.delegation import Handoff
 from dspark_agent.errors import UserError
 from dspark_agent.events import ContextCompacted
 from dspark_agent.history import History
 from dspark_agent.limits import RunUsage, UsageLimits
-from dspark_agent.messages import ModelRequest, ModelResponse, ToolReturnPart
+from dspark_agent.messages import (
+    ModelRequest,
+    ModelResponse,
+    ToolCallPart,
+    ToolReturnPart,
+    open_calls,
+)
 from dspark_agent.settings import ModelSettings
 from dspark_agent.step import UNSET, StepResult, Unset
 
@@ -28,9 +35,10 @@ class RunResult(Generic[OutT_co]):
     """What a run came to.
 
     ``usage`` is what it used; ``steps`` its model turns, each with its metrics; ``history`` the
-    whole conversation, to go on from. ``agent_name`` says whose output it is: the agent's, or that
-    of the one it was handed over to last. ``compactions`` say when the conversation was shortened
-    to fit the model's context, and hold what was left out.
+    whole conversation, to go on from. ``compactions`` say when it was shortened to fit the model's
+    context, and hold what was left out. ``interrupted`` are calls that an earlier process had begun
+    and not ended, and that were run again. ``agent_name`` says whose output it is: the agent's, or
+    that of the one it was handed over to last.
     """
 
     output: OutT_co
@@ -39,6 +47,7 @@ class RunResult(Generic[OutT_co]):
     history: History
     new_from: int
     compactions: tuple[ContextCompacted, ...] = ()
+    interrupted: tuple[ToolCallPart, ...] = ()
     agent_name: str = ""
 
     def all_messages(self) -> list[ModelRequest | ModelResponse]:
@@ -63,6 +72,7 @@ class AgentRun(Generic[DepsT, OutT_co]):
         work: Work,
         prompt: str | None,
         output_type: Any = UNSET,
+        results: DeferredToolResults | None = None,
         successor: Callable[[Handoff[DepsT]], Core[Any]] | None = None,
     ) -> None:
         self._core = core
@@ -70,6 +80,7 @@ class AgentRun(Generic[DepsT, OutT_co]):
         self._work = work
         self._prompt = prompt
         self._output_type = output_type
+        self._results = results
         self._asked = False
         self._attempt = 1
         self._output: OutT_co | Unset = UNSET
@@ -115,6 +126,7 @@ class AgentRun(Generic[DepsT, OutT_co]):
             history=core.history(),
             new_from=core.conversation.run_begin,
             compactions=tuple(core.conversation.compactions[self._first_compaction :]),
+            interrupted=() if core.record is None else tuple(core.record.interrupted),
             agent_name=core.declaration.name,
         )
 
@@ -156,21 +168,25 @@ class AgentRun(Generic[DepsT, OutT_co]):
             settings=settings,
         )
         with core.work(limits, self._work) as work:
+            settled_s = await self._settle(work)
 
             async def turns() -> StepResult[Any]:
                 if not self._asked:
                     await core.ask(self._prompt, work)
-                return await core.take(plan, work, self._attempt)
+                return await core.take(plan, work, self._attempt, settled_s)
 
             result = await core.committed(work, turns)
         self._asked = True
         finals = any(call.tool_name in plan.turn.output_tools for call in result.tool_calls)
         refused = result.retry_reason is not None and (finals or not result.tool_calls)
         self._attempt = self._attempt + 1 if refused else 1
-        self._output = result.value
-        if not self.is_done:
+        if not result.is_final:
             for handoff in _handoffs(core, result)[:1]:
                 await self._hand_over(handoff)
+            return result
+        if self._decisions() is None:  # else the next step carries them out
+            self._output = result.value
+            await self._end()
         return result
 
     async def _hand_over(self, handoff: Handoff[DepsT]) -> None:
@@ -187,6 +203,28 @@ class AgentRun(Generic[DepsT, OutT_co]):
             raise
         self._core = after
         await before.close()
+
+    async def _settle(self, work: Work) -> float:
+        """Carry out what was decided about calls that wait; seconds it took."""
+        results = self._decisions()
+        if results is None:
+            return 0.0
+        settled_s = await self._core.settle(results, work)
+        self._results = None
+        return settled_s
+
+    def _decisions(self) -> DeferredToolResults | None:
+        """Decisions that wait to be carried out: the caller's, or the journal's."""
+        core = self._core
+        if core.record is None:
+            return self._results
+        waiting = open_calls(core.conversation.messages)
+        return core.record.decisions(len(core.conversation.steps) - 1, waiting) if waiting else None
+
+    async def _end(self) -> None:
+        record = self._core.record
+        if record is not None and not isinstance(self._output, DeferredToolRequests):
+            await record.end()
 
 
 def _handoffs(core: Core[DepsT], result: StepResult[Any]) -> list[Handoff[DepsT]]:

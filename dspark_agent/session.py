@@ -11,6 +11,7 @@ from typing_extensions import TypeVar
 from dspark_agent.context import DepsT
 from dspark_agent.conversation import Conversation
 from dspark_agent.core import Core
+from dspark_agent.deferred import DeferredToolResults
 from dspark_agent.events import ContextCompacted
 from dspark_agent.history import History
 from dspark_agent.limits import RunUsage, UsageLimits
@@ -87,6 +88,7 @@ class Session(Generic[DepsT, OutT]):
         settings: ModelSettings | None = None,
         limits: UsageLimits | None = None,
         retries: int | None = None,
+        deferred_tool_results: DeferredToolResults | None = None,
     ) -> StepResult[OutT]: ...
     @overload
     async def step(
@@ -100,6 +102,7 @@ class Session(Generic[DepsT, OutT]):
         settings: ModelSettings | None = None,
         limits: UsageLimits | None = None,
         retries: int | None = None,
+        deferred_tool_results: DeferredToolResults | None = None,
     ) -> StepResult[T]: ...
     @overload
     async def step(
@@ -113,6 +116,7 @@ class Session(Generic[DepsT, OutT]):
         settings: ModelSettings | None = None,
         limits: UsageLimits | None = None,
         retries: int | None = None,
+        deferred_tool_results: DeferredToolResults | None = None,
     ) -> StepResult[T]: ...
     async def step(
         self,
@@ -125,6 +129,7 @@ class Session(Generic[DepsT, OutT]):
         settings: ModelSettings | None = None,
         limits: UsageLimits | None = None,
         retries: int | None = None,
+        deferred_tool_results: DeferredToolResults | None = None,
     ) -> StepResult[Any]:
         """One model turn, and the tool calls it made.
 
@@ -146,6 +151,8 @@ class Session(Generic[DepsT, OutT]):
             settings: over those of session, agent and model.
             limits: for this step alone, within the session's.
             retries: how often a refused output is asked for again; None takes the agent's.
+            deferred_tool_results: decisions about the calls that the step before left waiting.
+                The calls' results stand even where this step fails.
 
         Raises:
             OutputError: the output was refused more often than ``retries``.
@@ -162,19 +169,26 @@ class Session(Generic[DepsT, OutT]):
             retries=retries,
         )
         with core.work(limits) as work:
+            settled_s = 0.0
+            if deferred_tool_results is not None:
+                settled_s = await core.settle(deferred_tool_results, work)
 
             async def turns() -> StepResult[Any]:
                 await core.ask(prompt, work)
-                attempt = 1
-                while (result := await core.take(plan, work, attempt)).retry_reason is not None:
-                    attempt += 1
+                result = await core.take(plan, work, 1, settled_s)
+                while result.retry_reason is not None:
+                    result = await core.take(plan, work, result.attempts + 1)
                 return result
 
             return await core.committed(work, turns)
 
     @overload
     async def run(
-        self, prompt: str | None = None, *, limits: UsageLimits | None = None
+        self,
+        prompt: str | None = None,
+        *,
+        limits: UsageLimits | None = None,
+        deferred_tool_results: DeferredToolResults | None = None,
     ) -> RunResult[OutT]: ...
     @overload
     async def run(
@@ -183,6 +197,7 @@ class Session(Generic[DepsT, OutT]):
         *,
         output_type: TypeForm[T],
         limits: UsageLimits | None = None,
+        deferred_tool_results: DeferredToolResults | None = None,
     ) -> RunResult[T]: ...
     @overload
     async def run(
@@ -191,6 +206,7 @@ class Session(Generic[DepsT, OutT]):
         *,
         output_type: OutputForm[T],
         limits: UsageLimits | None = None,
+        deferred_tool_results: DeferredToolResults | None = None,
     ) -> RunResult[T]: ...
     async def run(
         self,
@@ -198,18 +214,21 @@ class Session(Generic[DepsT, OutT]):
         *,
         output_type: Any = UNSET,
         limits: UsageLimits | None = None,
+        deferred_tool_results: DeferredToolResults | None = None,
     ) -> RunResult[Any]:
         """Steps with all the agent's tools until one gives the output.
 
         ``limits`` count for this run, within the session's; the agent's by default. A failing
-        step is undone, the steps before it stand.
+        step is undone, the steps before it stand. ``deferred_tool_results`` as in :meth:`step`.
 
         Raises:
             DSparkError: as :meth:`step`.
         """
         limits = limits or self._core.declaration.limits or UsageLimits()
         with self._core.work(limits) as work:
-            run: AgentRun[DepsT, Any] = AgentRun(self._core, work, prompt, output_type)
+            run: AgentRun[DepsT, Any] = AgentRun(
+                self._core, work, prompt, output_type, deferred_tool_results
+            )
             async for _ in run:
                 pass
         return run.result

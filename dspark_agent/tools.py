@@ -16,6 +16,9 @@ from dspark_agent.errors import UserError
 from dspark_agent.function_schema import FunctionSchema, function_schema
 from dspark_agent.given_schema import given_schema
 
+ApprovalRule = bool | Callable[..., bool | Awaitable[bool]]
+"""Whether calls of a tool need approval: all, none, or those that ``(ctx, args)`` says."""
+
 RESERVED_NAMES = frozenset({"auto", "required", "none"})
 """Values of ``tool_choice``, which no tool may be called."""
 
@@ -43,6 +46,9 @@ class Tool(Generic[DepsT_contra]):
         retries: how often in a row it may ask for a retry; None takes the agent's.
         timeout: seconds one call may take; None takes the agent's ``tool_timeout``.
         sequential: never run at the same time as another call of the same step.
+        requires_approval: whether a call waits for approval before it is run; a function,
+            ``(ctx, args)``, sync or async, decides for each call, from its validated arguments.
+        idempotent: running a call twice is as good as once; see the guide on durable runs.
 
     Raises:
         SchemaError: the signature cannot be described to a model.
@@ -59,6 +65,8 @@ class Tool(Generic[DepsT_contra]):
         retries: int | None = None,
         timeout: float | None = None,
         sequential: bool = False,
+        requires_approval: ApprovalRule = False,
+        idempotent: bool = False,
     ) -> None:
         self.function = function
         self.schema: FunctionSchema = (
@@ -74,6 +82,8 @@ class Tool(Generic[DepsT_contra]):
         self.retries = retries
         self.timeout = timeout
         self.sequential = sequential
+        self.requires_approval = requires_approval
+        self.idempotent = idempotent
         functools.update_wrapper(self, function, updated=())
 
     def __repr__(self) -> str:
@@ -94,6 +104,16 @@ class Tool(Generic[DepsT_contra]):
         tool.timeout = timeout if self.timeout is None else self.timeout
         tool.retries = retries if self.retries is None else self.retries
         return tool
+
+    async def needs_approval(
+        self, ctx: RunContext[DepsT_contra], arguments: Mapping[str, Any]
+    ) -> bool:
+        """Whether this call, with validated ``arguments``, waits for approval."""
+        rule = self.requires_approval
+        if isinstance(rule, bool):
+            return rule
+        answer = rule(ctx, arguments)
+        return bool(await answer if inspect.isawaitable(answer) else answer)
 
     async def run(self, ctx: RunContext[DepsT_contra], arguments: Mapping[str, Any]) -> Any:
         """Call the function with validated ``arguments``; in a worker thread if it is sync.
@@ -129,6 +149,8 @@ def tool(
     retries: int | None = None,
     timeout: float | None = None,
     sequential: bool = False,
+    requires_approval: ApprovalRule = False,
+    idempotent: bool = False,
 ) -> Callable[[Callable[..., Any]], Tool[Any]]: ...
 def tool(
     function: Callable[..., Any] | None = None,
@@ -139,6 +161,8 @@ def tool(
     retries: int | None = None,
     timeout: float | None = None,
     sequential: bool = False,
+    requires_approval: ApprovalRule = False,
+    idempotent: bool = False,
 ) -> Tool[Any] | Callable[[Callable[..., Any]], Tool[Any]]:
     """Decorator: a function as a :class:`Tool` that several agents can use.
 
@@ -156,6 +180,8 @@ def tool(
             retries=retries,
             timeout=timeout,
             sequential=sequential,
+            requires_approval=requires_approval,
+            idempotent=idempotent,
         )
 
     return decorate if function is None else decorate(function)

@@ -8,20 +8,22 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic
 
 from dspark_agent import budget, hooks
-from dspark_agent.answer import Answer, AnswerCheck
+from dspark_agent.answer import Answer, AnswerCheck, too_early
 from dspark_agent.budget import Budget
 from dspark_agent.context import DepsT, RunContext
 from dspark_agent.conversation import Conversation
-from dspark_agent.errors import ContextLengthError
+from dspark_agent.deferred import AwaitsApproval, DeferredToolRequests
+from dspark_agent.errors import ContextLengthError, UserError
 from dspark_agent.events import StepEnd, StepStart, ToolResult
-from dspark_agent.execution import ToolPart, ToolRunner
+from dspark_agent.execution import CallOutcome, ToolPart, ToolRunner
 from dspark_agent.hooks import Hooks
+from dspark_agent.journal.record import RunRecord
 from dspark_agent.limits import RunUsage
 from dspark_agent.messages import ModelResponse, RetryPromptPart
 from dspark_agent.models.base import ModelSession, ModelTurn
 from dspark_agent.relay import EventHandler, EventRelay
 from dspark_agent.settings import ModelSettings, merge_settings
-from dspark_agent.step import StepPlan, StepResult
+from dspark_agent.step import UNSET, StepPlan, StepResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class TurnTaker(Generic[DepsT]):
     handler: EventHandler | None
     usage: RunUsage
     hooks: tuple[Hooks[DepsT], ...] = ()
+    record: RunRecord | None = None
 
     async def take(
         self,
@@ -42,13 +45,16 @@ class TurnTaker(Generic[DepsT]):
         ctx: RunContext[DepsT],
         budgets: Sequence[Budget],
         attempt: int,
+        settled_s: float = 0.0,
     ) -> StepResult[Any]:
         """Let the model write once, run its calls or check its output, and record the step.
 
         ``attempt`` counts from 1. The result's ``retry_reason`` is set where the step should be
-        taken again; the reason is then part of the conversation.
+        taken again; the reason is then part of the conversation. ``settled_s`` seconds went into
+        tools of the step before this one, which had waited for approval.
 
         Raises:
+            UserError: a tool needs approval, and the step's output has no place for the request.
             UsageLimitExceeded: before the model is asked, or before its tools are run.
             OutputError: the output was refused ``plan.retries`` times already.
             ToolRetriesExceeded: a tool was.
@@ -58,6 +64,7 @@ class TurnTaker(Generic[DepsT]):
         index = len(conversation.steps)
         relay = EventRelay(self.handler, index, plan.output)
         budget.check_request(budgets)
+        self._check_can_pause(plan)
         self.usage.count_request()
         turn = await hooks.before_model(self.hooks, ctx, self._turn(conversation, plan, budgets))
         await relay.send(StepStart(index, plan.kind, attempt))
@@ -71,7 +78,8 @@ class TurnTaker(Generic[DepsT]):
         ctx = replace(ctx, messages=tuple(conversation.messages))
         await hooks.after_model(self.hooks, ctx, response)
 
-        check = AnswerCheck(plan, replace(ctx, retry=attempt - 1), attempt)
+        ctx = replace(ctx, retry=attempt - 1)
+        check = AnswerCheck(plan, ctx, attempt, self._known_refusal(index))
         parts: list[ToolPart] = []
         tools_began = time.perf_counter()
         if response.tool_calls:
@@ -84,19 +92,30 @@ class TurnTaker(Generic[DepsT]):
             tool_s = 0.0
             if answer.reason is not None:
                 conversation.ask(RetryPromptPart(content=answer.reason))
+        total_s = time.perf_counter() - began + settled_s
         result: StepResult[Any] = StepResult(
             index=index,
             kind=plan.kind,
             response=response,
             tool_results=tuple(parts),
-            metrics=response.metrics.closed(total_s=time.perf_counter() - began, tool_s=tool_s),
+            metrics=response.metrics.closed(total_s=total_s, tool_s=tool_s + settled_s),
             attempts=attempt,
             retry_reason=answer.reason,
             value=answer.value,
         )
+        if self.record is not None:
+            result = await self.record.step_ends(result, answer.told)
         conversation.steps.append(result)
         await relay.send(StepEnd(index, result))
         return result
+
+    def _check_can_pause(self, plan: StepPlan) -> None:
+        """Find a pause that the output type has no place for before anything is asked or run."""
+        if plan.output.allow_deferred:
+            return
+        for tool in plan.tools:
+            if self.runner.tools[tool.name].requires_approval is True:
+                raise _cannot_pause(tool.name)
 
     def _turn(
         self, conversation: Conversation, plan: StepPlan, budgets: Sequence[Budget]
@@ -120,28 +139,38 @@ class TurnTaker(Generic[DepsT]):
         budgets: Sequence[Budget],
         relay: EventRelay,
     ) -> tuple[Answer, list[ToolPart]]:
-        """Run the calls, then read the answer in those of output tools. One part each, in order.
+        """Run the calls, then read the answer in those of output tools. One part each, in order,
+        but for those that wait for approval.
 
         A call of a tool beside the answer is run as any other: what a model does is never dropped.
         """
         calls = response.tool_calls
         finals = [i for i, call in enumerate(calls) if call.tool_name in turn.output_tools]
         tools = [i for i in range(len(calls)) if i not in finals]
-        parts: dict[int, ToolPart] = {}
+        outcomes: dict[int, CallOutcome] = {}
         answer = Answer()
         if tools:
             run = await self._run_tools(conversation, response, tools, turn, check, budgets, relay)
-            parts.update(zip(tools, run, strict=True))
-            answer = Answer(reason=_refusal(run))
+            outcomes.update(zip(tools, run, strict=True))
+            waiting = [outcome for outcome in run if isinstance(outcome, AwaitsApproval)]
+            answer = (
+                Answer(_pause(check.plan, waiting)) if waiting else Answer(reason=_refusal(run))
+            )
         if finals:
             began = time.perf_counter()
-            answer, told = await check.called(response, [calls[i] for i in finals])
-            for index, part in zip(finals, told, strict=True):
-                parts[index] = part
+            called = [calls[i] for i in finals]
+            if answer.value is UNSET:
+                answer = await check.called(response, called)
+            else:
+                answer = replace(answer, told=too_early(called))
+            for index, part in zip(finals, answer.told, strict=True):
+                outcomes[index] = part
                 await relay.send(ToolResult(relay.step, index, part, time.perf_counter() - began))
-        ordered = [parts[index] for index in range(len(calls))]
-        conversation.ask(*ordered)
-        return answer, ordered
+        ordered = [outcomes[index] for index in range(len(calls))]
+        parts = [outcome for outcome in ordered if not isinstance(outcome, AwaitsApproval)]
+        if parts:
+            conversation.ask(*parts)
+        return answer, parts
 
     async def _run_tools(
         self,
@@ -152,7 +181,7 @@ class TurnTaker(Generic[DepsT]):
         check: AnswerCheck,
         budgets: Sequence[Budget],
         relay: EventRelay,
-    ) -> list[ToolPart]:
+    ) -> list[CallOutcome]:
         calls = [response.tool_calls[place] for place in places]
         budget.check_tool_calls(budgets, len(calls))
         self.usage.count_tool_calls(len(calls))
@@ -162,16 +191,26 @@ class TurnTaker(Generic[DepsT]):
             noted = part.model_copy(update={"note": notes[index]})
             await relay.send(ToolResult(relay.step, places[index], noted, seconds))
 
-        parts = await self.runner.run(
+        outcomes = await self.runner.run(
             calls,
             offered={tool.name: tool for tool in turn.tools},
             ctx=check.ctx,
             count=conversation.retries,
             on_result=on_result,
+            ledger=None if self.record is None else self.record.calls_of(relay.step),
         )
+        self.usage.count_tool_calls(-sum(isinstance(o, AwaitsApproval) for o in outcomes))
         return [
-            part.model_copy(update={"note": note}) for part, note in zip(parts, notes, strict=True)
+            outcome
+            if isinstance(outcome, AwaitsApproval)
+            else outcome.model_copy(update={"note": note})
+            for outcome, note in zip(outcomes, notes, strict=True)
         ]
+
+    def _known_refusal(self, step: int) -> Answer | None:
+        """What the journal has of an answer that was refused: it is not checked again."""
+        known = None if self.record is None else self.record.refusal(step)
+        return None if known is None else Answer(reason=known.retry_reason, told=known.told)
 
 
 def _settings(conversation: Conversation, given: ModelSettings) -> ModelSettings:
@@ -185,7 +224,21 @@ def _settings(conversation: Conversation, given: ModelSettings) -> ModelSettings
     return settings
 
 
-def _refusal(parts: Sequence[ToolPart]) -> str | None:
+def _pause(plan: StepPlan, waiting: Sequence[AwaitsApproval]) -> DeferredToolRequests:
+    """The output of a step whose calls wait for approval."""
+    if not plan.output.allow_deferred:
+        raise _cannot_pause(waiting[0].call.tool_name)
+    return DeferredToolRequests.of(waiting)
+
+
+def _cannot_pause(tool_name: str) -> UserError:
+    return UserError(
+        f"tool {tool_name!r} needs approval, so a run may have to pause: add DeferredToolRequests "
+        "to the output type, as in output_type=str | DeferredToolRequests"
+    )
+
+
+def _refusal(parts: Sequence[CallOutcome]) -> str | None:
     """Why the step should be taken again: every one of its calls asked for it."""
     refusals = [part.content for part in parts if isinstance(part, RetryPromptPart)]
     return "\n".join(refusals) if len(refusals) == len(parts) else None

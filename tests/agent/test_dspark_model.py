@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import anyio
@@ -22,6 +23,7 @@ from dspark_agent import (
     ModelNotFoundError,
     RunContext,
     SchemaError,
+    SqliteJournal,
     StepEnd,
     StepStart,
     TextDelta,
@@ -189,6 +191,76 @@ async def test_a_stored_history_is_gone_on_from_token_by_token(model: DSparkMode
         assert resumed.history.token_log == session.history.token_log
     assert again.output == straight.output
     assert again.response.usage.input_tokens == straight.response.usage.input_tokens
+    assert again.metrics.prefill_new_tokens <= straight.metrics.prefill_new_tokens
+
+
+@pytest.mark.anyio
+async def test_a_restored_log_was_told_of_the_result_already(model: DSparkModel) -> None:
+    async with Agent(model).session() as session:
+        await session.step("Rex is a dog of 3.", output_type=Pet)
+        stored = session.history.model_dump_json()
+        straight = await session.step("Tom is a cat of 5.", output_type=Pet)
+    async with Agent(model).session(history=History.model_validate_json(stored)) as resumed:
+        again = await resumed.step("Tom is a cat of 5.", output_type=Pet)
+        assert resumed.history.token_log == session.history.token_log
+        async with await resumed.fork() as child:
+            await child.step("Kit is a cat of 1.", output_type=Pet)
+            new = (child.history.token_log or ())[len(resumed.history.token_log or ()) :]
+    assert again.output == straight.output
+    assert '"kind": "cat" | "dog"' not in (await model.load()).tokenizer.decode(new)
+
+
+@pytest.mark.anyio
+async def test_a_log_that_does_not_fit_leaves_no_session_open(
+    model: DSparkModel, engine: Engine
+) -> None:
+    history = History(
+        messages=(), model_name="smollm2-135m", token_log=(1,) * 1024, logged_messages=0
+    )
+    before = len(engine._sessions)
+    with pytest.raises(ContextLengthError):
+        async with Agent(model).session(history=history):
+            pass
+    fits = history.model_copy(update={"token_log": (1,) * 1000})
+    with anyio.move_on_after(0.02) as scope:
+        async with Agent(model).session(history=fits):
+            pass
+    assert scope.cancelled_caught
+    with anyio.fail_after(10):
+        while len(engine._sessions) > before:  # the engine ends the step that was on its way
+            await anyio.sleep(0.01)
+
+
+@pytest.mark.anyio
+async def test_a_run_goes_on_from_its_journal_token_by_token(
+    model: DSparkModel, tmp_path: Path
+) -> None:
+    failing = [True]
+
+    def look(n: int) -> str:
+        """Look."""
+        return f"{n} is a dog of 3 years called Rex"
+
+    async def drive(run_id: str, fails: bool) -> Any:
+        async with agent.iter("Look at 7.", journal=journal, run_id=run_id) as run:
+            await run.step(tool_choice="look")
+            if fails and failing:
+                raise failing.pop() and OSError("the power is gone")
+            return await run.step(tools=[]), run.result
+
+    journal = SqliteJournal(tmp_path / "runs.sqlite")
+    agent = Agent(model, tools=[look], output_type=Pet)
+    _, whole = await drive("whole", False)
+    with pytest.raises(OSError, match="power"):
+        await drive("cut", True)
+    step, resumed = await drive("cut", True)
+    assert resumed.output == whole.output
+    assert resumed.history.token_log == whole.history.token_log
+    last = whole.steps[-1].metrics
+    assert step.metrics.prefill_new_tokens <= last.prefill_new_tokens
+    assert step.metrics.prefill_cached_tokens >= last.prefill_cached_tokens
+    replayed, _ = await drive("whole", False)
+    assert replayed.metrics == last
 
 
 @pytest.mark.anyio

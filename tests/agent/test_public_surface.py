@@ -13,17 +13,20 @@ import pytest
 import dspark_agent
 
 SURFACE = (
-    "Agent AgentEvent AgentRun Compaction ContextCompacted ContextLengthError DSparkError "
-    "DSparkModel DeadlineExceeded EventStream FinishReason FunctionModel FunctionToolset "
-    "GuardrailTripped Handoff History Hooks JsonSchema Model ModelError ModelHTTPError "
-    "ModelMessage ModelMessagesTypeAdapter ModelNotFoundError ModelRequest ModelResponse "
-    "ModelRetry ModelSession ModelSettings ModelTurn NativeOutput OpenAIModel OutputError "
-    "PartialOutput PromptedOutput RequestUsage RetryPromptPart RunCancelled RunContext "
-    "RunResult RunUsage SchemaError Session SessionClosedError StepEnd StepKind StepMetrics "
-    "StepResult StepStart SystemPromptPart TestModel TextDelta TextOutput TextPart Tool "
-    "ToolCallDelta ToolCallEnd ToolCallPart ToolCallStart ToolDefinition ToolFailed "
-    "ToolOutput ToolResult ToolRetriesExceeded ToolReturnPart UnexpectedModelBehavior "
-    "UsageLimitExceeded UsageLimits UserError UserPromptPart fan_out infer_model tool"
+    "Agent AgentEvent AgentRun ApprovalRequired Compaction ContextCompacted "
+    "ContextLengthError DSparkError DSparkModel DeadlineExceeded DeferredToolRequests "
+    "DeferredToolResults EventStream FinishReason FunctionModel FunctionToolset "
+    "GuardrailTripped Handoff History Hooks Journal JournalError JournalLockedError "
+    "JsonSchema Model ModelError ModelHTTPError ModelMessage ModelMessagesTypeAdapter "
+    "ModelNotFoundError ModelRequest ModelResponse ModelRetry ModelSession ModelSettings "
+    "ModelTurn NativeOutput OpenAIModel OutputError PartialOutput PromptedOutput "
+    "RequestUsage RetryPromptPart RunCancelled RunContext RunResult RunUsage SchemaError "
+    "Session SessionClosedError SqliteJournal StepEnd StepKind StepMetrics StepResult "
+    "StepStart SystemPromptPart TestModel TextDelta TextOutput TextPart Tool ToolApproved "
+    "ToolCallDelta ToolCallEnd ToolCallPart ToolCallStart ToolDefinition ToolDenied "
+    "ToolFailed ToolInterruptedError ToolOutput ToolResult ToolRetriesExceeded "
+    "ToolReturnPart UnexpectedModelBehavior UsageLimitExceeded UsageLimits UserError "
+    "UserPromptPart fan_out infer_model tool"
 )
 NAMES = SURFACE.split(" ")
 
@@ -93,7 +96,7 @@ def test_everything_public_has_a_docstring(name: str) -> None:
 
 
 def test_every_error_of_the_sdk_has_one_root() -> None:
-    apart = {"ModelRetry", "ToolFailed"}  # said to the model, not to the caller
+    apart = {"ApprovalRequired", "ModelRetry", "ToolFailed"}  # said to the model, not to the caller
     for name in NAMES:
         thing = getattr(dspark_agent, name)
         if inspect.isclass(thing) and issubclass(thing, Exception) and name not in apart:

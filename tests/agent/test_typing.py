@@ -15,8 +15,9 @@ from enum import Enum
 from typing import TypedDict
 
 from dspark_agent import (
-    Agent, FunctionToolset, Hooks, JsonSchema, ModelTurn, NativeOutput, PromptedOutput, RunContext,
-    StepResult, TestModel, TextOutput, ToolOutput, UsageLimits, tool,
+    Agent, DeferredToolRequests, DeferredToolResults, FunctionToolset, Hooks, Journal, JsonSchema,
+    ModelTurn, NativeOutput, PromptedOutput, RunContext, SqliteJournal, StepResult, TestModel,
+    TextOutput, ToolOutput, UsageLimits, tool,
 )
 from pydantic import BaseModel
 
@@ -42,6 +43,8 @@ typed = Agent(TestModel(), output_type=Plan, deps_type=Deps)
 reveal_type(typed)
 reveal_type(Agent(TestModel(), output_type=JsonSchema({}), deps_type=Deps))
 either = Agent(TestModel(), output_type=Plan | str)
+pausing = Agent(TestModel(), output_type=Plan | DeferredToolRequests)
+journal: Journal = SqliteJournal("runs.sqlite")
 
 
 @typed.tool
@@ -81,6 +84,12 @@ async def main() -> None:
     async with typed.run_stream("Go", deps=Deps("/")) as stream:
         reveal_type((await stream.result()).output)
     reveal_type((await either.run("Go")).output)
+    decided = DeferredToolResults(approvals={"call": True})
+    reveal_type((await pausing.run("Go", journal=journal, run_id="r")).output)
+    reveal_type((await typed.resume("r", journal=journal, deps=Deps("/"))).output)
+    reveal_type((await typed.resume("r", journal=journal, output_type=int)).output)
+    async with pausing.session() as session2:
+        reveal_type((await session2.step(deferred_tool_results=decided)).output)
     reveal_type((await plain.run("Go", output_type=ToolOutput(Plan))).output)
     async with plain.session() as session:
         reveal_type((await session.step("Go", output_type=PromptedOutput(list[int]))).output)
@@ -126,6 +135,8 @@ reveal_type(Agent(model, deps_type=Deps, hooks=[Audit()]))
 async def mistakes() -> None:
     await typed.run("Go", deps="not deps")  # E: deps
     await typed.run("Go", dpes=Deps("/"))  # E: dpes
+    await typed.resume("r")  # E: journal
+    await typed.resume("r", journal=journal, message_history=[])  # E: history
 
     @typed.tool  # E: ctx
     def wrong(ctx: RunContext[int], path: str) -> str:
@@ -158,6 +169,10 @@ REVEALED = [
     "Plan",
     "Plan",
     "Plan | str",
+    "Plan | DeferredToolRequests",
+    "Plan",
+    "int",
+    "Plan | DeferredToolRequests",
     "Plan",
     "list[int]",
     "Plan | Deps",
@@ -212,7 +227,8 @@ def _project_path() -> str:
 def test_types_flow_from_declaration_to_result(findings: list[str]) -> None:
     revealed = [line.split('Revealed type is "')[1][:-1] for line in findings if "Revealed" in line]
     for module in ("program.", "builtins.", "dspark_agent.agent.", "dspark_agent.step.",
-                   "dspark_agent.run.", "dspark_agent.context."):  # fmt: skip
+                   "dspark_agent.run.", "dspark_agent.context.",
+                   "dspark_agent.deferred."):  # fmt: skip
         revealed = [text.replace(module, "") for text in revealed]
     assert revealed == REVEALED
 
