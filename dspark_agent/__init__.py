@@ -64,8 +64,10 @@ from dspark_agent.session import Session
 from dspark_agent.settings import ModelSettings
 from dspark_agent.step import StepKind, StepResult
 from dspark_agent.stream import EventStream
+from dspark_agent.timeline import Timeline
 from dspark_agent.tools import Tool, ToolDefinition, tool
 from dspark_agent.toolset import FunctionToolset
+from dspark_agent.trace import Recording
 
 if TYPE_CHECKING:
     from dspark_agent.models.dspark import DSparkModel
@@ -100,6 +102,7 @@ __all__ = [
     "OpenAIModel",
     "OutputError",
     "PartialOutput",
+    "Recording",
     "RequestUsage",
     "RetryPromptPart",
     "RunCancelled",
@@ -118,6 +121,7 @@ __all__ = [
     "TestModel",
     "TextDelta",
     "TextPart",
+    "Timeline",
     "Tool",
     "ToolCallDelta",
     "ToolCallEnd",

@@ -32,6 +32,7 @@ from dspark_agent.limits import UsageLimits
 from dspark_agent.messages import ModelRequest, ModelResponse
 from dspark_agent.models import infer_model
 from dspark_agent.models.base import Model
+from dspark_agent.observer import Observer
 from dspark_agent.output import JsonSchema, Output
 from dspark_agent.relay import EventHandler
 from dspark_agent.run import AgentRun, RunResult
@@ -204,6 +205,12 @@ class Agent(Generic[DepsT, OutT]):
         self._declaration.validators.append(function)
         return function
 
+    def instrument(self, observer: Observer, /) -> Self:
+        """Have ``observer`` told of everything this agent does from its next run or session on,
+        and of what other agents do inside its tools; gives back the agent."""
+        self._declaration.observers.append(observer)
+        return self
+
     # -- running -------------------------------------------------------------------------------
 
     @overload
@@ -324,7 +331,9 @@ class Agent(Generic[DepsT, OutT]):
         try:
             with core.work(limits) as work:
                 await core.open(History.of(options.get("message_history")))
-                yield AgentRun(core, work, prompt, output_type)
+                with core.watch.run() as trace:
+                    yield AgentRun(core, work, prompt, output_type)
+                    trace.usage = core.usage.model_copy()
         finally:
             await core.close()
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic
+from uuid import uuid4
 
 import anyio
 
@@ -19,6 +20,7 @@ from dspark_agent.history import History
 from dspark_agent.limits import RunUsage, UsageLimits
 from dspark_agent.messages import SystemPromptPart, UserPromptPart
 from dspark_agent.models.base import Model, ModelSession
+from dspark_agent.observer import Watch
 from dspark_agent.relay import EventHandler
 from dspark_agent.settings import ModelSettings
 from dspark_agent.step import UNSET, StepPlan, StepResult
@@ -54,6 +56,7 @@ class Core(Generic[DepsT]):
         self.limits = limits
         self.on_event = on_event
         self.runner = declaration.runner()
+        self.watch = Watch(declaration.name, model.name, uuid4().hex, declaration.observers)
         self.conversation = Conversation()
         self.usage = RunUsage()
         self._budgets: tuple[Budget, ...] = ()
@@ -246,7 +249,7 @@ class Core(Generic[DepsT]):
 
     async def take(self, plan: StepPlan, work: Work, attempt: int) -> StepResult[Any]:
         """One turn: see :meth:`TurnTaker.take`."""
-        taker = TurnTaker(self.model_session, self.runner, self.on_event, self.usage)
+        taker = TurnTaker(self.model_session, self.runner, self.on_event, self.usage, self.watch)
         return await taker.take(
             self.conversation,
             plan,

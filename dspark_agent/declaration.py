@@ -11,6 +11,7 @@ from dspark_agent.errors import UserError
 from dspark_agent.execution import ToolRunner
 from dspark_agent.limits import UsageLimits
 from dspark_agent.narrowing import narrowed
+from dspark_agent.observer import Observer
 from dspark_agent.output import Output
 from dspark_agent.settings import ModelSettings, merge_settings
 from dspark_agent.step import UNSET, OutputValidator, StepPlan
@@ -34,6 +35,7 @@ class Declaration(Generic[DepsT]):
     limits: UsageLimits | None
     instructions: list[str | Callable[..., Any]] = field(default_factory=list)
     validators: list[OutputValidator] = field(default_factory=list)
+    observers: list[Observer] = field(default_factory=list)
 
     @property
     def tools(self) -> Mapping[str, Tool[DepsT]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic
 
@@ -16,10 +17,13 @@ from dspark_agent.function_schema import validation_text
 from dspark_agent.messages import RetryPromptPart, ToolCallPart, ToolReturnPart
 from dspark_agent.output import complaints
 from dspark_agent.tools import Tool, ToolDefinition
+from dspark_agent.trace import ToolTrace, unwatched
 
 ToolPart = ToolReturnPart | RetryPromptPart
 OnResult = Callable[[int, ToolPart, float], Awaitable[None]]
 """Told of each result as it comes: the call's place in the step, the result, its seconds."""
+WatchCall = Callable[[ToolCallPart], AbstractContextManager[ToolTrace]]
+"""Entered around each call; its trace gets the result."""
 
 
 @dataclass(slots=True)
@@ -51,6 +55,7 @@ class ToolRunner(Generic[DepsT]):
         ctx: RunContext[DepsT],
         count: RetryCount,
         on_result: OnResult,
+        watch: WatchCall = unwatched,
     ) -> list[ToolPart]:
         """Run ``calls``; one result each, in order.
 
@@ -67,7 +72,8 @@ class ToolRunner(Generic[DepsT]):
 
         async def run_one(index: int) -> None:
             began = time.perf_counter()
-            part = await self._call(calls[index], offered, ctx, count)
+            with watch(calls[index]) as trace:
+                part = trace.part = await self._call(calls[index], offered, ctx, count)
             results[index] = part
             await on_result(index, part, time.perf_counter() - began)
 

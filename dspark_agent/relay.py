@@ -14,19 +14,29 @@ from dspark_agent.events import (
     ToolCallEnd,
     ToolCallStart,
 )
-from dspark_agent.models.base import CallChunk, CallEnd, CallStart, ModelEvent, TextChunk
+from dspark_agent.models.base import (
+    CallChunk,
+    CallEnd,
+    CallStart,
+    ModelEvent,
+    TextChunk,
+    TokensWritten,
+)
 from dspark_agent.output import Output, Partial
+from dspark_agent.trace import StepTrace
 
 EventHandler = Callable[[AgentEvent], Awaitable[None] | None]
 """A caller's listener, sync or async; it is awaited, so a slow one slows the run."""
 
 
 class EventRelay:
-    """Gives one turn's events to the caller's handler, with the typed result read as it grows."""
+    """Gives one turn's events to the caller's handler, with the typed result read as it grows, and
+    notes in the step's trace who proposed its tokens."""
 
-    def __init__(self, handler: EventHandler | None, step: int, output: Output[Any]) -> None:
+    def __init__(self, handler: EventHandler | None, trace: StepTrace, output: Output[Any]) -> None:
         self._handler = handler
-        self.step = step
+        self._trace = trace
+        self.step = trace.index
         self._output = output
         self._text = ""
         self._partial: Partial | None = None
@@ -41,6 +51,9 @@ class EventRelay:
 
     async def on_model(self, event: ModelEvent) -> None:
         """Hand on what the model session emits."""
+        if isinstance(event, TokensWritten):
+            self._trace.wrote(event.source, event.tokens, event.text)
+            return
         if self._handler is None:
             return
         match event:

@@ -16,6 +16,7 @@ from dspark_agent.limits import RunUsage, UsageLimits
 from dspark_agent.messages import ModelRequest, ModelResponse
 from dspark_agent.settings import ModelSettings
 from dspark_agent.step import UNSET, StepResult, Unset
+from dspark_agent.timeline import Timeline, timeline_of
 
 OutT_co = TypeVar("OutT_co", default=str, covariant=True)
 
@@ -41,6 +42,18 @@ class RunResult(Generic[OutT_co]):
     def new_messages(self) -> list[ModelRequest | ModelResponse]:
         """The messages of this run."""
         return list(self.history.messages[self.new_from :])
+
+    def timeline(self, *, content: bool = False) -> Timeline:
+        """When each step did what, with the steps of other agents inside its tools.
+
+        ``content``: include what was said, called and returned; else only names, counts and
+        times. :class:`~dspark_agent.Recording` covers several runs, and those that fail.
+
+        Raises:
+            UserError: no step of the run was taken in this process.
+        """
+        traces = [step.trace for step in self.steps if step.trace is not None]
+        return timeline_of(traces, content=content)
 
 
 class AgentRun(Generic[DepsT, OutT_co]):

@@ -198,10 +198,11 @@ class Session(Generic[DepsT, OutT]):
             DSparkError: as :meth:`step`.
         """
         limits = limits or self._core.declaration.limits or UsageLimits()
-        with self._core.work(limits) as work:
+        with self._core.work(limits) as work, self._core.watch.run() as trace:
             run: AgentRun[DepsT, Any] = AgentRun(self._core, work, prompt, output_type)
             async for _ in run:
                 pass
+            trace.usage = run.result.usage
         return run.result
 
     # -- copies --------------------------------------------------------------------------------

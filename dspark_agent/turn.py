@@ -6,6 +6,7 @@ import inspect
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic
 
 from dspark_agent import budget
@@ -18,9 +19,11 @@ from dspark_agent.execution import ToolPart, ToolRunner
 from dspark_agent.limits import RunUsage
 from dspark_agent.messages import FinishReason, ModelResponse, RetryPromptPart
 from dspark_agent.models.base import ModelSession, ModelTurn
+from dspark_agent.observer import Watch
 from dspark_agent.relay import EventHandler, EventRelay
 from dspark_agent.settings import ModelSettings, merge_settings
 from dspark_agent.step import UNSET, StepPlan, StepResult, Unset
+from dspark_agent.trace import StepTrace
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ class TurnTaker(Generic[DepsT]):
     runner: ToolRunner[DepsT]
     handler: EventHandler | None
     usage: RunUsage
+    watch: Watch
 
     async def take(
         self,
@@ -51,13 +55,25 @@ class TurnTaker(Generic[DepsT]):
             OutputError: the output was refused ``plan.retries`` times already.
             ToolRetriesExceeded: a tool was.
         """
-        began = time.perf_counter()
-        index = len(conversation.steps)
-        relay = EventRelay(self.handler, index, plan.output)
+        with self.watch.step(len(conversation.steps), plan.kind, attempt) as trace:
+            return await self._take(conversation, plan, ctx, budgets, trace)
+
+    async def _take(
+        self,
+        conversation: Conversation,
+        plan: StepPlan,
+        ctx: RunContext[DepsT],
+        budgets: Sequence[Budget],
+        trace: StepTrace,
+    ) -> StepResult[Any]:
+        index, attempt = trace.index, trace.attempt
+        relay = EventRelay(self.handler, trace, plan.output)
         budget.check_request(budgets, self.usage)
         turn = self._turn(conversation, plan, budgets)
         await relay.send(StepStart(index, plan.kind, attempt))
-        response = await self.model.step(conversation.unsent, turn, relay.on_model)
+        with self.watch.turn(trace, conversation.unsent, turn):
+            response = await self.model.step(conversation.unsent, turn, relay.on_model)
+            trace.response, trace.model_ended = response, time.perf_counter()
         conversation.heard(response)
         self.usage.add_turn(response.usage)
         ctx = replace(ctx, messages=tuple(conversation.messages))
@@ -67,7 +83,7 @@ class TurnTaker(Generic[DepsT]):
         parts: list[ToolPart] = []
         tools_began = time.perf_counter()
         if response.tool_calls:
-            parts = await self._run_calls(conversation, response, turn, ctx, budgets, relay)
+            parts = await self._run_calls(conversation, turn, ctx, budgets, relay, trace)
             reason = _refusal(parts)
             conversation.ask(*parts)
             tool_s = time.perf_counter() - tools_began
@@ -76,15 +92,18 @@ class TurnTaker(Generic[DepsT]):
             tool_s = 0.0
             if reason is not None:
                 conversation.ask(RetryPromptPart(content=reason))
+        metrics = response.metrics.closed(total_s=time.perf_counter() - trace.began, tool_s=tool_s)
+        trace.metrics, trace.retry_reason = metrics, reason
         result: StepResult[Any] = StepResult(
             index=index,
             kind=plan.kind,
             response=response,
             tool_results=tuple(parts),
-            metrics=response.metrics.closed(total_s=time.perf_counter() - began, tool_s=tool_s),
+            metrics=metrics,
             attempts=attempt,
             retry_reason=reason,
             value=value,
+            trace=trace,
         )
         conversation.steps.append(result)
         await relay.send(StepEnd(index, result))
@@ -106,13 +125,14 @@ class TurnTaker(Generic[DepsT]):
     async def _run_calls(
         self,
         conversation: Conversation,
-        response: ModelResponse,
         turn: ModelTurn,
         ctx: RunContext[DepsT],
         budgets: Sequence[Budget],
         relay: EventRelay,
+        trace: StepTrace,
     ) -> list[ToolPart]:
-        calls = response.tool_calls
+        assert trace.response is not None
+        calls = trace.response.tool_calls
         budget.check_tool_calls(budgets, self.usage, len(calls))
         notes = conversation.repeats.record(calls)
 
@@ -126,6 +146,7 @@ class TurnTaker(Generic[DepsT]):
             ctx=ctx,
             count=conversation.retries,
             on_result=on_result,
+            watch=partial(self.watch.tool, trace),
         )
         self.usage.tool_calls += len(calls)
         return [

@@ -44,6 +44,7 @@ from dspark_agent.models.base import (
     ModelSession,
     ModelTurn,
     TextChunk,
+    TokensWritten,
 )
 from dspark_agent.models.bridge import ThreadBridge
 from dspark_agent.models.builder import ResponseBuilder
@@ -254,7 +255,8 @@ class _DSparkSession(ModelSession):
             while True:
                 for event in await bridge.get_all():
                     match event:
-                        case Tokens(text=text):
+                        case Tokens(token_ids, text, source):
+                            await emit(TokensWritten(len(token_ids), source, text))
                             await _send(prepared.reader.feed(text), emit)
                         case Finished(outcome):
                             running = False

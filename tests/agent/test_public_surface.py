@@ -15,12 +15,12 @@ SURFACE = (
     "EventStream FinishReason FunctionModel FunctionToolset History JsonSchema Model ModelError "
     "ModelHTTPError ModelMessage ModelMessagesTypeAdapter ModelNotFoundError ModelRequest "
     "ModelResponse ModelRetry ModelSession ModelSettings ModelTurn OpenAIModel OutputError "
-    "PartialOutput RequestUsage RetryPromptPart RunCancelled RunContext RunResult RunUsage "
-    "SchemaError Session SessionClosedError StepEnd StepKind StepMetrics StepResult StepStart "
-    "SystemPromptPart TestModel TextDelta TextPart Tool ToolCallDelta ToolCallEnd ToolCallPart "
-    "ToolCallStart ToolDefinition ToolFailed ToolResult ToolRetriesExceeded ToolReturnPart "
-    "UnexpectedModelBehavior UsageLimitExceeded UsageLimits UserError UserPromptPart infer_model "
-    "tool"
+    "PartialOutput Recording RequestUsage RetryPromptPart RunCancelled RunContext RunResult "
+    "RunUsage SchemaError Session SessionClosedError StepEnd StepKind StepMetrics StepResult "
+    "StepStart SystemPromptPart TestModel TextDelta TextPart Timeline Tool ToolCallDelta "
+    "ToolCallEnd ToolCallPart ToolCallStart ToolDefinition ToolFailed ToolResult "
+    "ToolRetriesExceeded ToolReturnPart UnexpectedModelBehavior UsageLimitExceeded UsageLimits "
+    "UserError UserPromptPart infer_model tool"
 )
 NAMES = SURFACE.split(" ")
 
