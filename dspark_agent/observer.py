@@ -110,7 +110,7 @@ def _timed(trace: StepTrace) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        trace.error = type(error).__name__
+        trace.error = type(error).__name__ if isinstance(error, Exception) else "cancelled"
         raise
     finally:
         trace.ended = time.perf_counter()

@@ -183,9 +183,11 @@ def _step(trace: StepTrace, parent: int | None, origin: float, content: bool) ->
 
 def _tokens(trace: StepTrace, origin: float, content: bool) -> Iterator[TimelineTokens]:
     metrics = StepMetrics() if trace.response is None else trace.response.metrics
-    begin = trace.began + metrics.queue_s + metrics.prefill_s
+    prefilled = trace.began + metrics.queue_s + metrics.prefill_s
+    begin = trace.began
     for run in trace.token_runs:
-        begin = min(begin, run.ended)
+        # Nothing is chosen before the prompt is read, but for what the grammar forces.
+        begin = max(begin, min(prefilled, run.ended))
         yield TimelineTokens(
             source=run.source,
             tokens=run.tokens,

@@ -67,7 +67,8 @@ class StepTrace:
     """One model turn and its tools, filled in while they go on.
 
     ``response`` and ``model_ended`` are set once the model has answered, ``metrics`` and
-    ``retry_reason`` when the step is done; ``error`` names the exception that ended it instead.
+    ``retry_reason`` when the step is done; ``error`` names the exception that ended it instead, or
+    is ``"cancelled"``.
     ``nested`` are the steps that other agents took inside this one's tools.
     """
 

@@ -18,7 +18,7 @@ function el(tag, attributes = {}, ...children) {
 }
 const esc = (text) => String(text).replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
 const swatch = (c) => el("i", { class: "swatch", style: `background:${c}` });
-const percent = (a, b) => (b ? `${Math.round((100 * a) / b)} %` : "-");
+const percent = (a, b) => (!b ? "-" : a > 0 && a / b < 0.005 ? "< 1 %" : `${Math.round((100 * a) / b)} %`);
 
 // -- chart ---------------------------------------------------------------------------------------
 
@@ -98,13 +98,16 @@ function label(out, text, x, y) {
   out.push(`<text class="in" x="${x}" y="${y}">${esc(text)}</text>`);
 }
 
+// All tokens are as wide: what the grammar forces takes no time, and is to be seen all the same.
 // Runs narrower than a pixel share one: the widest of them gives its colour.
 function drawTokens(out, step, place, x, y) {
+  const width = ((step.model_end_s ?? step.end_s) - step.begin_s) / sum(step.tokens.map((run) => run.tokens));
   let waiting = null;
+  let at = step.begin_s;
   const flush = () => waiting && rect(out, { place, tokens: waiting.run }, waiting.a, waiting.b, y, ROW.strip, sourceColour(waiting.run.source));
   for (const tokens of step.tokens) {
-    const [a, b] = [x(tokens.begin_s), x(tokens.end_s)];
-    if (b < LABEL || tokens.begin_s > view.to) continue;
+    const [a, b] = [x(at), x((at += tokens.tokens * width))];
+    if (b < LABEL || a > x(view.to)) continue;
     if (waiting && b - waiting.a < 1) {
       if (b - a > waiting.b - waiting.a) waiting.run = tokens;
       waiting.b = b;
@@ -159,8 +162,8 @@ function drawTotals() {
     tile("Model", seconds(model), `${seconds(of("prefill_s"))} prefill, ${seconds(of("decode_s"))} decode`),
     tile("Tools", seconds(tools), `${sum(run.steps.map((step) => step.tools.length))} calls`),
     tile("Tokens written", String(written), `${model ? (written / model).toFixed(0) : 0} a second of model time`),
-    tile("Prompt tokens cached", percent(cached, cached + fresh), `${fresh} computed, ${cached} not again`),
-    tile("Accepted of proposed", percent(accepted, proposed), `${accepted} of ${proposed} not left to the model`),
+    tile("Prompt tokens cached", percent(cached, cached + fresh), `${fresh} computed, ${cached} re-used`),
+    tile("Accepted of proposed", percent(accepted, proposed), `${accepted} of ${proposed} drafted or forced`),
   );
 }
 
@@ -169,7 +172,7 @@ function drawLegends() {
   $("phase-legend").append(...used.map((name) => el("span", {}, swatch(colour(name)), name)));
   const sources = bySource(run.steps);
   if (!sources.length) return;
-  $("source-legend").append(el("b", {}, "Tokens by source"), ...sources.map((row) =>
+  $("source-legend").append(el("b", {}, "Tokens by source"), el("span", {}, "accepted/proposed"), ...sources.map((row) =>
     el("span", {}, swatch(sourceColour(row.source)), `${row.source} ${row.accepted}/${row.proposed}`)));
 }
 
@@ -181,12 +184,12 @@ function mix(step) {
 }
 
 function drawTable() {
-  const heads = ["Step", "Total", "First token", "Prefill", "Decode", "Tools", "Tokens", "Sources"];
+  const heads = ["Step", "Total", "First", "Prefill", "Decode", "Tools", "Tokens", "Sources"];
   const rows = run.steps.map((step, place) => {
     const m = step.metrics;
     const state = step.error ? ` ${step.error}` : step.is_refused ? " refused" : "";
     const name = el("td", {}, `${step.index + 1} ${clip(stepName(step), 28)}`, el("span", { class: "agent" }, step.agent), el("span", { class: "bad" }, state));
-    const cells = [step.end_s - step.begin_s, m.ttft_s, m.prefill_s, m.decode_s, m.tool_s].map((s) => el("td", {}, seconds(s)));
+    const cells = [step.end_s - step.begin_s, m.ttft_s, m.prefill_s, m.decode_s, m.tool_s].map((s) => el("td", {}, s ? seconds(s) : "-"));
     return el("tr", { "data-step": place, tabindex: 0 }, name, ...cells, el("td", {}, String(m.new_tokens)), el("td", {}, mix(step)));
   });
   $("steps").append(el("thead", {}, el("tr", {}, ...heads.map((head) => el("th", {}, head)))), el("tbody", {}, ...rows));

@@ -5,7 +5,7 @@ function tipFor({ place, span, tokens, tool }) {
   let head = `Step ${step.index + 1}: ${stepName(step)}`;
   if (tokens) {
     head = `${tokens.tokens} ${tokens.tokens === 1 ? "token" : "tokens"} by ${tokens.source}`;
-    rows.push(["took", seconds(tokens.end_s - tokens.begin_s)]);
+    rows.push(["took", seconds(tokens.end_s - tokens.begin_s)], ["at", seconds(tokens.end_s)]);
     if (tokens.text) rows.push(["text", clip(tokens.text, 60)]);
   } else if (tool) {
     head = tool.name;
