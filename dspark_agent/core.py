@@ -56,7 +56,9 @@ class Core(Generic[DepsT]):
         self.limits = limits
         self.on_event = on_event
         self.runner = declaration.runner()
-        self.watch = Watch(declaration.name, model.name, uuid4().hex, declaration.observers)
+        self.watch = Watch(
+            declaration.name, model.name, model.provider, uuid4().hex, declaration.observers
+        )
         self.conversation = Conversation()
         self.usage = RunUsage()
         self._budgets: tuple[Budget, ...] = ()

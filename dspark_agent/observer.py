@@ -51,6 +51,7 @@ class Watch:
 
     agent: str
     model: str
+    provider: str
     conversation_id: str
     own: Sequence[Observer] = ()
 
@@ -62,14 +63,16 @@ class Watch:
     @contextmanager
     def run(self) -> Iterator[RunTrace]:
         """Around a run; the caller sets the trace's usage."""
-        trace = RunTrace(self.agent, self.model, self.conversation_id)
+        trace = RunTrace(self.agent, self.model, self.provider, self.conversation_id)
         with self._told(lambda observer: observer.run(trace)):
             yield trace
 
     @contextmanager
     def step(self, index: int, kind: StepKind, attempt: int) -> Iterator[StepTrace]:
         """Around a step; the caller fills in what became of it."""
-        trace = StepTrace(self.agent, self.model, self.conversation_id, index, kind, attempt)
+        trace = StepTrace(
+            self.agent, self.model, self.provider, self.conversation_id, index, kind, attempt
+        )
         token = _inherited.set(self.observers)
         try:
             told = self._told(lambda observer: observer.step(trace))

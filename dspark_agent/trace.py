@@ -57,6 +57,7 @@ class RunTrace:
 
     agent: str
     model: str
+    provider: str
     conversation_id: str
     began: float = field(default_factory=time.perf_counter)
     usage: RunUsage | None = None
@@ -74,6 +75,7 @@ class StepTrace:
 
     agent: str
     model: str
+    provider: str
     conversation_id: str
     index: int
     kind: StepKind

@@ -133,6 +133,8 @@ class Model(ABC):
 
     settings: ModelSettings | None = None
     """The model's own defaults, under those of agent, run and step."""
+    provider: str = "custom"
+    """Who runs it, as telemetry names it: OpenTelemetry's ``gen_ai.provider.name``."""
 
     @property
     @abstractmethod

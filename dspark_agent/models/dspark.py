@@ -84,6 +84,8 @@ class DSparkModel(Model):
         settings: this model's own defaults.
     """
 
+    provider = "dspark"
+
     def __init__(
         self,
         model: str,

@@ -200,7 +200,7 @@ def test_tokens_are_put_down_to_who_proposed_them() -> None:
     from dspark_agent.step import StepKind
     from dspark_agent.trace import StepTrace
 
-    trace = StepTrace("a", "m", "c", 0, StepKind.TEXT, 1)
+    trace = StepTrace("a", "m", "p", "c", 0, StepKind.TEXT, 1)
     for source, text in [("forced", "{"), ("model", "x"), ("model", "y"), ("copy", "zz")]:
         trace.wrote(source, len(text), text)
     assert [(run.source, run.tokens, run.text) for run in trace.token_runs] == [
