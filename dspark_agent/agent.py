@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from types import NoneType
@@ -204,6 +204,11 @@ class Agent(Generic[DepsT, OutT]):
         the output (changed or not) or raises :class:`ModelRetry` with what is wrong with it."""
         self._declaration.validators.append(function)
         return function
+
+    @property
+    def tools(self) -> Mapping[str, Tool[DepsT]]:
+        """All its tools by name, those of its toolsets included."""
+        return self._declaration.tools
 
     def instrument(self, observer: Observer, /) -> Self:
         """Have ``observer`` told of everything this agent does from its next run or session on,

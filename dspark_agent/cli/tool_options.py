@@ -51,6 +51,15 @@ def chosen_toolsets(
     return _toolsets(workspace, groups or [ToolGroup.READ])
 
 
+def harmless_tools(workspace: Path) -> frozenset[str]:
+    """The names of the tools that change nothing and run nothing of the workspace's."""
+    from dspark_tools import Files, Git, Search, Workspace
+
+    folder = Workspace(workspace)
+    sets = (Files(folder).reading_toolset(), Search(folder).toolset(), Git(folder).toolset())
+    return frozenset(name for toolset in sets for name in toolset.tools)
+
+
 def _toolsets(folder: Path, groups: Sequence[ToolGroup]) -> list[FunctionToolset]:
     """The toolsets of ``groups``, each once, in the workspace ``folder``."""
     from dspark_tools import Files, Git, Pytest, Python, Search, Shell, Workspace
