@@ -38,7 +38,7 @@ def chat(
     ] = False,
     history: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="Go on from a chat that /save wrote."),
+        typer.Option(dir_okay=False, help="Go on from a chat that /save wrote."),
     ] = None,
     max_steps: Annotated[int, typer.Option(min=1, help="Most turns of an answer.")] = 12,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a turn.")] = 512,

@@ -14,9 +14,7 @@ from dspark_agent.cli.console import err, out
 def trace(
     file: Annotated[
         Path,
-        typer.Argument(
-            exists=True, dir_okay=False, help="Written by `run --trace` or Timeline.write."
-        ),
+        typer.Argument(dir_okay=False, help="Written by `run --trace` or Timeline.write."),
     ],
     html: Annotated[
         Path | None,
