@@ -159,8 +159,8 @@ function drawTotals() {
   const failed = run.steps.filter((step) => step.error).length;
   $("tiles").append(
     tile("Wall clock", seconds(END), `${run.steps.length} steps${failed ? `, ${failed} failed` : ""}`),
-    tile("Model", seconds(model), `${seconds(of("prefill_s"))} prefill, ${seconds(of("decode_s"))} decode`),
-    tile("Tools", seconds(tools), `${sum(run.steps.map((step) => step.tools.length))} calls`),
+    tile("Model, all steps", seconds(model), `${seconds(of("prefill_s"))} prefill, ${seconds(of("decode_s"))} decode`),
+    tile("Tools, all steps", seconds(tools), `${sum(run.steps.map((step) => step.tools.length))} calls`),
     tile("Tokens written", String(written), `${model ? (written / model).toFixed(0) : 0} a second of model time`),
     tile("Prompt tokens cached", percent(cached, cached + fresh), `${fresh} computed, ${cached} re-used`),
     tile("Accepted of proposed", percent(accepted, proposed), `${accepted} of ${proposed} drafted or forced`),
