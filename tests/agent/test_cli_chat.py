@@ -9,7 +9,6 @@ import re
 import select
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -194,9 +193,15 @@ def test_an_answer_that_fails_leaves_a_chat_to_go_on_with(chat: Chat, tmp_path: 
 
 # -- a real terminal -----------------------------------------------------------------------------
 
-PROGRAM = """
+REAL = """
 import fcntl, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # this terminal's Ctrl-C is for this process
+from dspark_agent.cli import main
+sys.exit(main(["chat", *sys.argv[1:]]))
+"""
+FAKE = """
+import fcntl, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 import anyio
 from dspark_agent import ModelResponse, TextPart, ToolCallPart, ToolReturnPart, UserPromptPart
 from dspark_agent.cli import chat, main
@@ -232,10 +237,10 @@ sys.exit(main(["chat", *sys.argv[1:]]))
 class Terminal:
     """A process on a terminal of its own."""
 
-    def __init__(self, arguments: list[str]) -> None:
+    def __init__(self, program: str, arguments: list[str]) -> None:
         self._fd, child = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(PROGRAM), *arguments],
+            [sys.executable, "-c", program, *arguments],
             stdin=child, stdout=child, stderr=child, start_new_session=True,
             env=os.environ | {"TERM": "xterm"},
         )  # fmt: skip
@@ -270,8 +275,8 @@ class Terminal:
 
 
 @contextmanager
-def terminal(*arguments: str) -> Iterator[Terminal]:
-    opened = Terminal(list(arguments))
+def terminal(*arguments: str, program: str = FAKE) -> Iterator[Terminal]:
+    opened = Terminal(program, list(arguments))
     try:
         opened.expect("> ")
         yield opened
@@ -323,3 +328,19 @@ def test_ctrl_c_between_answers_leaves_at_the_second_time() -> None:
         term.expect(r"Ctrl-C again[\s\S]*> $")
         term.type(CTRL_C)
         assert term.process.wait(30) == 130
+
+
+@pytest.mark.real_model
+def test_ctrl_c_reaches_the_token_loop_of_a_real_model() -> None:
+    options = ("--model", "smollm2-135m", "--threads", "1", "--max-tokens", "900")
+    with terminal(*options, program=REAL) as term:
+        term.type("Count from one to five hundred, with a comma after each number.\n")
+        term.expect(r"\w+\W+\w+\W+\w+\W+\w+")
+        term.type(CTRL_C)
+        term.expect(r"stopped; the conversation is as it was[\s\S]*> $")
+        term.type("/history\n")
+        term.expect(r"/history\s+> $")
+        term.type("Say hello.\n")
+        term.expect(r"tokens, [\s\S]*> $")
+        term.type("/stats\n")
+        term.expect("1 turns, 0 tool calls")
