@@ -57,7 +57,11 @@ class Core(Generic[DepsT]):
         self.on_event = on_event
         self.runner = declaration.runner()
         self.watch = Watch(
-            declaration.name, model.name, model.provider, uuid4().hex, declaration.observers
+            declaration.name,
+            model.name,
+            model.provider,
+            uuid4().hex,
+            tuple(declaration.observers),
         )
         self.conversation = Conversation()
         self.usage = RunUsage()

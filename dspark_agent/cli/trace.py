@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dspark_agent.cli.boundary import UsageError
-from dspark_agent.cli.console import err, out
+from dspark_agent.cli.console import err, out, plain
 
 
 def trace(
@@ -33,7 +33,8 @@ def trace(
     out().print(str(page), soft_wrap=True, markup=False)
     agents = ", ".join(dict.fromkeys(agent for agent, _ in timeline.lanes))
     err().print(
-        f"[note]{len(timeline.steps)} steps in {timeline.total_s:.2f} s[/]", agents, soft_wrap=True
+        plain(f"steps: {len(timeline.steps)}, {timeline.total_s:.2f} s, by {agents}", "dim"),
+        soft_wrap=True,
     )
     if open_page:
         typer.launch(page.resolve().as_uri())
