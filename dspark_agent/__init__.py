@@ -81,8 +81,10 @@ from dspark_agent.session import Session
 from dspark_agent.settings import ModelSettings
 from dspark_agent.step import StepKind, StepResult
 from dspark_agent.stream import EventStream
+from dspark_agent.timeline import Timeline
 from dspark_agent.tools import Tool, ToolDefinition, tool
 from dspark_agent.toolset import FunctionToolset
+from dspark_agent.trace import Recording
 
 if TYPE_CHECKING:
     from dspark_agent.models.dspark import DSparkModel
@@ -129,6 +131,7 @@ __all__ = [
     "OutputError",
     "PartialOutput",
     "PromptedOutput",
+    "Recording",
     "RequestUsage",
     "RetryPromptPart",
     "RunCancelled",
@@ -149,6 +152,7 @@ __all__ = [
     "TextDelta",
     "TextOutput",
     "TextPart",
+    "Timeline",
     "Tool",
     "ToolApproved",
     "ToolCallDelta",

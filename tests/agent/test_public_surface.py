@@ -17,13 +17,14 @@ SURFACE = (
     "GuardrailTripped History Hooks Journal JournalError JournalLockedError JsonSchema Model "
     "ModelError ModelHTTPError ModelMessage ModelMessagesTypeAdapter ModelNotFoundError "
     "ModelRequest ModelResponse ModelRetry ModelSession ModelSettings ModelTurn NativeOutput "
-    "OpenAIModel OutputError PartialOutput PromptedOutput RequestUsage RetryPromptPart "
-    "RunCancelled RunContext RunResult RunUsage SchemaError Session SessionClosedError "
-    "SqliteJournal StepEnd StepKind StepMetrics StepResult StepStart SystemPromptPart "
-    "TestModel TextDelta TextOutput TextPart Tool ToolApproved ToolCallDelta ToolCallEnd "
-    "ToolCallPart ToolCallStart ToolDefinition ToolDenied ToolFailed ToolInterruptedError "
-    "ToolOutput ToolResult ToolRetriesExceeded ToolReturnPart UnexpectedModelBehavior "
-    "UsageLimitExceeded UsageLimits UserError UserPromptPart infer_model tool"
+    "OpenAIModel OutputError PartialOutput PromptedOutput Recording RequestUsage "
+    "RetryPromptPart RunCancelled RunContext RunResult RunUsage SchemaError Session "
+    "SessionClosedError SqliteJournal StepEnd StepKind StepMetrics StepResult StepStart "
+    "SystemPromptPart TestModel TextDelta TextOutput TextPart Timeline Tool ToolApproved "
+    "ToolCallDelta ToolCallEnd ToolCallPart ToolCallStart ToolDefinition ToolDenied "
+    "ToolFailed ToolInterruptedError ToolOutput ToolResult ToolRetriesExceeded ToolReturnPart "
+    "UnexpectedModelBehavior UsageLimitExceeded UsageLimits UserError UserPromptPart "
+    "infer_model tool"
 )
 NAMES = SURFACE.split(" ")
 
