@@ -83,8 +83,10 @@ from dspark_agent.session import Session
 from dspark_agent.settings import ModelSettings
 from dspark_agent.step import StepKind, StepResult
 from dspark_agent.stream import EventStream
+from dspark_agent.timeline import Timeline
 from dspark_agent.tools import Tool, ToolDefinition, tool
 from dspark_agent.toolset import FunctionToolset
+from dspark_agent.trace import Recording
 
 if TYPE_CHECKING:
     from dspark_agent.models.dspark import DSparkModel
@@ -132,6 +134,7 @@ __all__ = [
     "OutputError",
     "PartialOutput",
     "PromptedOutput",
+    "Recording",
     "RequestUsage",
     "RetryPromptPart",
     "RunCancelled",
@@ -152,6 +155,7 @@ __all__ = [
     "TextDelta",
     "TextOutput",
     "TextPart",
+    "Timeline",
     "Tool",
     "ToolApproved",
     "ToolCallDelta",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from types import NoneType
@@ -37,6 +37,7 @@ from dspark_agent.limits import UsageLimits
 from dspark_agent.messages import ModelRequest, ModelResponse
 from dspark_agent.models import infer_model
 from dspark_agent.models.base import Model
+from dspark_agent.observer import Observer
 from dspark_agent.output import Output
 from dspark_agent.outputs import OutputForm
 from dspark_agent.relay import EventHandler
@@ -203,6 +204,17 @@ class Agent(Generic[DepsT, OutT]):
         text says why not, and stops the run with :class:`GuardrailTripped`."""
         self._declaration.output_guards.append(function)
         return function
+
+    @property
+    def tools(self) -> Mapping[str, Tool[DepsT]]:
+        """All its tools by name, those of its toolsets included."""
+        return self._declaration.tools
+
+    def instrument(self, observer: Observer, /) -> Self:
+        """Have ``observer`` told of everything this agent does from its next run or session on,
+        and of what other agents do inside its tools; gives back the agent."""
+        self._declaration.observers.append(observer)
+        return self
 
     # -- at the service of others --------------------------------------------------------------
 
@@ -417,7 +429,9 @@ class Agent(Generic[DepsT, OutT]):
                 with core.work(limits) as work:
                     await core.open(history, output_type)
                     run = AgentRun(core, work, prompt, output_type, results, successor)
-                    yield run
+                    with core.watch.run() as trace:
+                        yield run
+                        trace.usage = core.usage.model_copy()
             finally:
                 await (core if run is None else run.core).close()
 

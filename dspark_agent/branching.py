@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dspark_agent.context import DepsT, RunContext
@@ -35,5 +36,8 @@ async def take_over(core: Core[Any], other: Core[Any], work: Work, output_type: 
     await core.open(History(messages=(*begin, *rest)), output_type)
     gone = len(other.conversation.messages) - len(core.conversation.messages)
     core.conversation.run_begin = max(0, other.conversation.run_begin - gone)
+    watch, own = other.watch, core.watch.own
+    observers = (*watch.own, *(observer for observer in own if observer not in watch.own))
+    core.watch = replace(core.watch, conversation_id=watch.conversation_id, own=observers)
     core.conversation.steps = list(other.conversation.steps)
     core.conversation.compactions = list(other.conversation.compactions)

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from uuid import uuid4
 
 import anyio
 
@@ -34,10 +35,12 @@ from dspark_agent.journal.session import RecordedSession
 from dspark_agent.limits import RunUsage, UsageLimits
 from dspark_agent.messages import SystemPromptPart, UserPromptPart
 from dspark_agent.models.base import Model, ModelSession, ModelTurn
+from dspark_agent.observer import Watch
 from dspark_agent.relay import EventHandler
 from dspark_agent.settings import ModelSettings
 from dspark_agent.settling import settle
-from dspark_agent.step import UNSET, StepPlan, StepResult
+from dspark_agent.step import UNSET, StepKind, StepPlan, StepResult
+from dspark_agent.trace import StepTrace
 from dspark_agent.turn import TurnTaker
 
 T = TypeVar("T")
@@ -78,6 +81,13 @@ class Core(Generic[DepsT]):
         self.on_event = on_event
         self.record = record
         self.runner = declaration.runner()
+        self.watch = Watch(
+            declaration.name,
+            model.name,
+            model.provider,
+            uuid4().hex,
+            tuple(declaration.observers),
+        )
         self.conversation = Conversation()
         self.usage = RunUsage.part_of(None if parent is None else parent.usage)
         self._parent = parent
@@ -410,19 +420,23 @@ class Core(Generic[DepsT]):
             await self.record.instructions(system)
         return system
 
-    async def settle(self, results: DeferredToolResults, work: Work) -> float:
+    async def settle(self, results: DeferredToolResults, work: Work) -> StepTrace:
         """Carry out decisions about calls that wait: see :func:`settling.settle`.
 
         What the calls did outside cannot be undone, so their results stand whatever comes next.
         """
-        async with self.whole_or_not_at_all():
-            return await settle(
-                self._taker(),
-                self.conversation,
-                results,
-                ctx=self.context(work),
-                budgets=work.budgets,
-            )
+        index = len(self.conversation.steps)
+        with self.watch.step(index, StepKind.TOOL_CALL, 1) as trace:
+            async with self.whole_or_not_at_all():
+                await settle(
+                    self._taker(),
+                    self.conversation,
+                    results,
+                    ctx=self.context(work),
+                    budgets=work.budgets,
+                    trace=trace,
+                )
+            return trace
 
     def _taker(self) -> TurnTaker[DepsT]:
         return TurnTaker(
@@ -430,12 +444,13 @@ class Core(Generic[DepsT]):
             self.runner,
             self.on_event,
             self.usage,
+            self.watch,
             self.declaration.hooks,
             self.record,
         )
 
     async def take(
-        self, plan: StepPlan, work: Work, attempt: int, settled_s: float = 0.0
+        self, plan: StepPlan, work: Work, attempt: int, settled: StepTrace | None = None
     ) -> StepResult[Any]:
         """One turn: see :meth:`TurnTaker.take`."""
         ctx = self.context(work)
@@ -453,7 +468,7 @@ class Core(Generic[DepsT]):
             ctx=replace(ctx, forker=fork),
             budgets=work.budgets,
             attempt=attempt,
-            settled_s=settled_s,
+            settled=settled,
         )
 
     def _say_format(self, plan: StepPlan) -> None:

@@ -14,6 +14,7 @@ from dspark_agent.guards import Guard
 from dspark_agent.hooks import Hooks
 from dspark_agent.limits import UsageLimits
 from dspark_agent.narrowing import narrowed
+from dspark_agent.observer import Observer
 from dspark_agent.output import Output
 from dspark_agent.settings import ModelSettings, merge_settings
 from dspark_agent.step import UNSET, OutputValidator, StepPlan
@@ -45,6 +46,7 @@ class Declaration(Generic[DepsT]):
     input_guards: list[Guard] = field(default_factory=list)
     output_guards: list[Guard] = field(default_factory=list)
     _outputs: dict[object, Output[Any]] = field(default_factory=dict)
+    observers: list[Observer] = field(default_factory=list)
 
     @property
     def tools(self) -> Mapping[str, Tool[DepsT]]:

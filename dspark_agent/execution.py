@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic
@@ -28,6 +29,7 @@ from dspark_agent.journal.calls import CallLedger
 from dspark_agent.json_schema import complaints
 from dspark_agent.messages import RetryPromptPart, ToolCallPart, ToolReturnPart
 from dspark_agent.tools import Tool, ToolDefinition
+from dspark_agent.trace import ToolTrace, unwatched
 
 ToolPart = ToolReturnPart | RetryPromptPart
 CallOutcome = ToolPart | AwaitsApproval
@@ -35,6 +37,8 @@ OnResult = Callable[[int, ToolPart, float], Awaitable[None]]
 """Told of each result as it comes: the call's place in the step, the result, its seconds."""
 Begins = Callable[[ToolCallPart], Awaitable[None]]
 """Told of a call when nothing is left to check and the tool is about to run."""
+WatchCall = Callable[[ToolCallPart], AbstractContextManager[ToolTrace]]
+"""Entered around each call; its trace gets the result."""
 
 
 @dataclass(slots=True)
@@ -68,6 +72,7 @@ class ToolRunner(Generic[DepsT]):
         count: RetryCount,
         on_result: OnResult,
         ledger: CallLedger | None = None,
+        watch: WatchCall = unwatched,
     ) -> list[CallOutcome]:
         """Run ``calls``; one outcome each, in order.
 
@@ -88,7 +93,9 @@ class ToolRunner(Generic[DepsT]):
 
         async def run_one(index: int) -> None:
             began = time.perf_counter()
-            outcome = await self._recorded(index, calls[index], offered, ctx, count, ledger)
+            with watch(calls[index]) as trace:
+                outcome = await self._recorded(index, calls[index], offered, ctx, count, ledger)
+                trace.outcome = outcome
             outcomes[index] = outcome
             if not isinstance(outcome, AwaitsApproval):
                 await on_result(index, outcome, time.perf_counter() - began)

@@ -14,8 +14,16 @@ from dspark_agent.events import (
     ToolCallEnd,
     ToolCallStart,
 )
-from dspark_agent.models.base import CallChunk, CallEnd, CallStart, ModelEvent, TextChunk
+from dspark_agent.models.base import (
+    CallChunk,
+    CallEnd,
+    CallStart,
+    ModelEvent,
+    TextChunk,
+    TokensWritten,
+)
 from dspark_agent.output import Output
+from dspark_agent.trace import StepTrace
 from dspark_agent.typed_output import Partial
 
 EventHandler = Callable[[AgentEvent], Awaitable[None] | None]
@@ -23,10 +31,18 @@ EventHandler = Callable[[AgentEvent], Awaitable[None] | None]
 
 
 class EventRelay:
-    """Gives one turn's events to the caller's handler, with the typed result read as it grows."""
+    """Gives one turn's events to the caller's handler, with the typed result read as it grows, and
+    notes in the step's trace (if any) who proposed its tokens."""
 
-    def __init__(self, handler: EventHandler | None, step: int, output: Output[Any]) -> None:
+    def __init__(
+        self,
+        handler: EventHandler | None,
+        step: int,
+        output: Output[Any],
+        trace: StepTrace | None = None,
+    ) -> None:
         self._handler = handler
+        self._trace = trace
         self.step = step
         self._output = output
         self._read = output.partial
@@ -43,6 +59,10 @@ class EventRelay:
 
     async def on_model(self, event: ModelEvent) -> None:
         """Hand on what the model session emits."""
+        if isinstance(event, TokensWritten):
+            if self._trace is not None:
+                self._trace.wrote(event.source, event.tokens, event.text)
+            return
         if self._handler is None:
             return
         match event:

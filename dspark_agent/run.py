@@ -26,6 +26,8 @@ from dspark_agent.messages import (
 )
 from dspark_agent.settings import ModelSettings
 from dspark_agent.step import UNSET, StepResult, Unset
+from dspark_agent.timeline import Timeline, timeline_of
+from dspark_agent.trace import StepTrace
 
 OutT_co = TypeVar("OutT_co", default=str, covariant=True)
 
@@ -58,6 +60,18 @@ class RunResult(Generic[OutT_co]):
     def new_messages(self) -> list[ModelRequest | ModelResponse]:
         """The messages of this run."""
         return list(self.history.messages[self.new_from :])
+
+    def timeline(self, *, content: bool = False) -> Timeline:
+        """When each step did what, with the steps of other agents inside its tools.
+
+        ``content``: include what was said, called and returned; else only names, counts and
+        times. :class:`~dspark_agent.Recording` covers several runs, and those that fail.
+
+        Raises:
+            UserError: no step of the run was taken in this process.
+        """
+        traces = [trace for step in self.steps for trace in (step.settled_trace, step.trace)]
+        return timeline_of([trace for trace in traces if trace is not None], content=content)
 
 
 class AgentRun(Generic[DepsT, OutT_co]):
@@ -168,12 +182,12 @@ class AgentRun(Generic[DepsT, OutT_co]):
             settings=settings,
         )
         with core.work(limits, self._work) as work:
-            settled_s = await self._settle(work)
+            settled = await self._settle(work)
 
             async def turns() -> StepResult[Any]:
                 if not self._asked:
                     await core.ask(self._prompt, work)
-                return await core.take(plan, work, self._attempt, settled_s)
+                return await core.take(plan, work, self._attempt, settled)
 
             result = await core.committed(work, turns)
         self._asked = True
@@ -204,14 +218,14 @@ class AgentRun(Generic[DepsT, OutT_co]):
         self._core = after
         await before.close()
 
-    async def _settle(self, work: Work) -> float:
-        """Carry out what was decided about calls that wait; seconds it took."""
+    async def _settle(self, work: Work) -> StepTrace | None:
+        """Carry out what was decided about calls that wait."""
         results = self._decisions()
         if results is None:
-            return 0.0
-        settled_s = await self._core.settle(results, work)
+            return None
+        settled = await self._core.settle(results, work)
         self._results = None
-        return settled_s
+        return settled
 
     def _decisions(self) -> DeferredToolResults | None:
         """Decisions that wait to be carried out: the caller's, or the journal's."""

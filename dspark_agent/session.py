@@ -20,6 +20,7 @@ from dspark_agent.outputs import OutputForm
 from dspark_agent.run import AgentRun, RunResult
 from dspark_agent.settings import ModelSettings
 from dspark_agent.step import UNSET, StepResult
+from dspark_agent.trace import StepTrace
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
@@ -169,13 +170,13 @@ class Session(Generic[DepsT, OutT]):
             retries=retries,
         )
         with core.work(limits) as work:
-            settled_s = 0.0
+            settled: StepTrace | None = None
             if deferred_tool_results is not None:
-                settled_s = await core.settle(deferred_tool_results, work)
+                settled = await core.settle(deferred_tool_results, work)
 
             async def turns() -> StepResult[Any]:
                 await core.ask(prompt, work)
-                result = await core.take(plan, work, 1, settled_s)
+                result = await core.take(plan, work, 1, settled)
                 while result.retry_reason is not None:
                     result = await core.take(plan, work, result.attempts + 1)
                 return result
@@ -225,12 +226,13 @@ class Session(Generic[DepsT, OutT]):
             DSparkError: as :meth:`step`.
         """
         limits = limits or self._core.declaration.limits or UsageLimits()
-        with self._core.work(limits) as work:
+        with self._core.work(limits) as work, self._core.watch.run() as trace:
             run: AgentRun[DepsT, Any] = AgentRun(
                 self._core, work, prompt, output_type, deferred_tool_results
             )
             async for _ in run:
                 pass
+            trace.usage = run.result.usage
         return run.result
 
     # -- copies --------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,8 +20,10 @@ from dspark_agent.events import ToolResult
 from dspark_agent.execution import ToolPart, ToolRunner
 from dspark_agent.function_schema import validation_text
 from dspark_agent.messages import open_calls
+from dspark_agent.metrics import StepMetrics
 from dspark_agent.output import Output
 from dspark_agent.relay import EventRelay
+from dspark_agent.trace import StepTrace
 from dspark_agent.turn import TurnTaker
 
 
@@ -31,17 +34,17 @@ async def settle(
     *,
     ctx: RunContext[Any],
     budgets: Sequence[Budget],
-) -> float:
-    """Run the approved calls and add the results of all that waited; seconds it took.
+    trace: StepTrace,
+) -> None:
+    """Run the approved calls and add the results of all that waited.
 
-    The results' events carry the number of the step that comes next.
+    The results' events, and ``trace``, carry the number of the step that comes next.
 
     Raises:
         UserError: ``results`` does not decide exactly the calls that wait, or the arguments that
             were approved do not fit the tool. Nothing was run.
         UsageLimitExceeded: more calls were approved than may still be run. Nothing was run.
     """
-    began = time.perf_counter()
     waiting = open_calls(conversation.messages)
     check_decisions(waiting, results)
     verdicts = [results.verdict(call) for call in waiting]
@@ -52,7 +55,7 @@ async def settle(
     step, places = len(conversation.steps), list(approved)
     if taker.record is not None:
         await taker.record.decide(step - 1, results)
-    relay = EventRelay(taker.handler, step, Output(str))
+    relay = EventRelay(taker.handler, step, Output(str), trace)
 
     async def on_result(index: int, part: ToolPart, seconds: float) -> None:
         noted = part.model_copy(update={"note": approved[places[index]].note})
@@ -66,13 +69,15 @@ async def settle(
         count=conversation.retries,
         on_result=on_result,
         ledger=None if taker.record is None else taker.record.calls_of(step - 1, approved=True),
+        watch=partial(taker.watch.tool, trace),
     )
     parts: list[ToolPart] = [v for v in verdicts if not isinstance(v, Approved)]
     for place, outcome in zip(places, outcomes, strict=True):
         assert not isinstance(outcome, AwaitsApproval)
         parts.append(outcome.model_copy(update={"note": approved[place].note}))
     conversation.answer(parts)
-    return time.perf_counter() - began
+    seconds = time.perf_counter() - trace.began
+    trace.metrics = StepMetrics().closed(total_s=seconds, tool_s=seconds)
 
 
 def _check_arguments(runner: ToolRunner[Any], approved: Approved) -> None:

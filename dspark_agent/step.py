@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import Any, Final, Generic
 
@@ -16,6 +16,7 @@ from dspark_agent.models.base import ModelTurn
 from dspark_agent.output import Output
 from dspark_agent.settings import ModelSettings
 from dspark_agent.tools import ToolDefinition
+from dspark_agent.trace import StepTrace
 
 OutT_co = TypeVar("OutT_co", default=str, covariant=True)
 
@@ -99,7 +100,9 @@ class StepResult(Generic[OutT_co]):
     """What one step did.
 
     ``tool_results`` are in the order of the calls. ``retry_reason`` is why the step is taken
-    again, None where it stands. ``attempts`` counts the model turns it took, from 1.
+    again, None where it stands. ``attempts`` counts the model turns it took, from 1. ``trace``
+    says when everything happened, ``settled_trace`` when the calls were run that had waited for
+    approval before the step, if any; ``metrics`` counts both.
     """
 
     index: int
@@ -110,6 +113,8 @@ class StepResult(Generic[OutT_co]):
     attempts: int = 1
     retry_reason: str | None = None
     value: OutT_co | Unset = UNSET
+    trace: StepTrace | None = field(default=None, repr=False, compare=False)
+    settled_trace: StepTrace | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_final(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic
 
 from dspark_agent import budget, hooks
@@ -18,12 +19,16 @@ from dspark_agent.events import StepEnd, StepStart, ToolResult
 from dspark_agent.execution import CallOutcome, ToolPart, ToolRunner
 from dspark_agent.hooks import Hooks
 from dspark_agent.journal.record import RunRecord
+from dspark_agent.journal.session import RecordedSession
 from dspark_agent.limits import RunUsage
-from dspark_agent.messages import ModelResponse, RetryPromptPart
+from dspark_agent.messages import RetryPromptPart
+from dspark_agent.metrics import StepMetrics
 from dspark_agent.models.base import ModelSession, ModelTurn
+from dspark_agent.observer import Watch
 from dspark_agent.relay import EventHandler, EventRelay
 from dspark_agent.settings import ModelSettings, merge_settings
 from dspark_agent.step import UNSET, StepPlan, StepResult
+from dspark_agent.trace import StepTrace
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,7 @@ class TurnTaker(Generic[DepsT]):
     runner: ToolRunner[DepsT]
     handler: EventHandler | None
     usage: RunUsage
+    watch: Watch
     hooks: tuple[Hooks[DepsT], ...] = ()
     record: RunRecord | None = None
 
@@ -45,13 +51,13 @@ class TurnTaker(Generic[DepsT]):
         ctx: RunContext[DepsT],
         budgets: Sequence[Budget],
         attempt: int,
-        settled_s: float = 0.0,
+        settled: StepTrace | None = None,
     ) -> StepResult[Any]:
         """Let the model write once, run its calls or check its output, and record the step.
 
         ``attempt`` counts from 1. The result's ``retry_reason`` is set where the step should be
-        taken again; the reason is then part of the conversation. ``settled_s`` seconds went into
-        tools of the step before this one, which had waited for approval.
+        taken again; the reason is then part of the conversation. ``settled`` is the trace of
+        calls of the step before this one, which had waited for approval.
 
         Raises:
             UserError: a tool needs approval, and the step's output has no place for the request.
@@ -60,19 +66,33 @@ class TurnTaker(Generic[DepsT]):
             ToolRetriesExceeded: a tool was.
             GuardrailTripped: an output guard stopped the run.
         """
-        began = time.perf_counter()
-        index = len(conversation.steps)
-        relay = EventRelay(self.handler, index, plan.output)
+        with self.watch.step(len(conversation.steps), plan.kind, attempt) as trace:
+            return await self._take(conversation, plan, ctx, budgets, trace, settled)
+
+    async def _take(
+        self,
+        conversation: Conversation,
+        plan: StepPlan,
+        ctx: RunContext[DepsT],
+        budgets: Sequence[Budget],
+        trace: StepTrace,
+        settled: StepTrace | None,
+    ) -> StepResult[Any]:
+        index, attempt = trace.index, trace.attempt
+        relay = EventRelay(self.handler, index, plan.output, trace)
         budget.check_request(budgets)
         self._check_can_pause(plan)
         self.usage.count_request()
         turn = await hooks.before_model(self.hooks, ctx, self._turn(conversation, plan, budgets))
         await relay.send(StepStart(index, plan.kind, attempt))
-        try:
-            response = await self.model.step(conversation.unsent, turn, relay.on_model)
-        except ContextLengthError:
-            self.usage.uncount_request()
-            raise
+        trace.is_replayed = isinstance(self.model, RecordedSession) and self.model.is_recorded
+        with self.watch.turn(trace, conversation.unsent, turn):
+            try:
+                response = await self.model.step(conversation.unsent, turn, relay.on_model)
+            except ContextLengthError:
+                self.usage.uncount_request()
+                raise
+            trace.response, trace.model_ended = response, time.perf_counter()
         conversation.heard(response)
         self.usage.count_tokens(response.usage)
         ctx = replace(ctx, messages=tuple(conversation.messages))
@@ -83,25 +103,28 @@ class TurnTaker(Generic[DepsT]):
         parts: list[ToolPart] = []
         tools_began = time.perf_counter()
         if response.tool_calls:
-            answer, parts = await self._take_calls(
-                conversation, response, turn, check, budgets, relay
-            )
+            answer, parts = await self._take_calls(conversation, turn, check, budgets, relay, trace)
             tool_s = time.perf_counter() - tools_began
         else:
             answer = await check.written(response)
             tool_s = 0.0
             if answer.reason is not None:
                 conversation.ask(RetryPromptPart(content=answer.reason))
-        total_s = time.perf_counter() - began + settled_s
+        trace.metrics = response.metrics.closed(
+            total_s=time.perf_counter() - trace.began, tool_s=tool_s
+        )
+        trace.retry_reason = answer.reason
         result: StepResult[Any] = StepResult(
             index=index,
             kind=plan.kind,
             response=response,
             tool_results=tuple(parts),
-            metrics=response.metrics.closed(total_s=total_s, tool_s=tool_s + settled_s),
+            metrics=_with_settled(trace.metrics, settled),
             attempts=attempt,
             retry_reason=answer.reason,
             value=answer.value,
+            trace=trace,
+            settled_trace=settled,
         )
         if self.record is not None:
             result = await self.record.step_ends(result, answer.told)
@@ -133,24 +156,26 @@ class TurnTaker(Generic[DepsT]):
     async def _take_calls(
         self,
         conversation: Conversation,
-        response: ModelResponse,
         turn: ModelTurn,
         check: AnswerCheck,
         budgets: Sequence[Budget],
         relay: EventRelay,
+        trace: StepTrace,
     ) -> tuple[Answer, list[ToolPart]]:
         """Run the calls, then read the answer in those of output tools. One part each, in order,
         but for those that wait for approval.
 
         A call of a tool beside the answer is run as any other: what a model does is never dropped.
         """
+        response = trace.response
+        assert response is not None
         calls = response.tool_calls
         finals = [i for i, call in enumerate(calls) if call.tool_name in turn.output_tools]
         tools = [i for i in range(len(calls)) if i not in finals]
         outcomes: dict[int, CallOutcome] = {}
         answer = Answer()
         if tools:
-            run = await self._run_tools(conversation, response, tools, turn, check, budgets, relay)
+            run = await self._run_tools(conversation, tools, turn, check, budgets, relay, trace)
             outcomes.update(zip(tools, run, strict=True))
             waiting = [outcome for outcome in run if isinstance(outcome, AwaitsApproval)]
             answer = (
@@ -175,14 +200,15 @@ class TurnTaker(Generic[DepsT]):
     async def _run_tools(
         self,
         conversation: Conversation,
-        response: ModelResponse,
         places: Sequence[int],
         turn: ModelTurn,
         check: AnswerCheck,
         budgets: Sequence[Budget],
         relay: EventRelay,
+        trace: StepTrace,
     ) -> list[CallOutcome]:
-        calls = [response.tool_calls[place] for place in places]
+        assert trace.response is not None
+        calls = [trace.response.tool_calls[place] for place in places]
         budget.check_tool_calls(budgets, len(calls))
         self.usage.count_tool_calls(len(calls))
         notes = conversation.repeats.record(calls)
@@ -198,6 +224,7 @@ class TurnTaker(Generic[DepsT]):
             count=conversation.retries,
             on_result=on_result,
             ledger=None if self.record is None else self.record.calls_of(relay.step),
+            watch=partial(self.watch.tool, trace),
         )
         self.usage.count_tool_calls(-sum(isinstance(o, AwaitsApproval) for o in outcomes))
         return [
@@ -211,6 +238,14 @@ class TurnTaker(Generic[DepsT]):
         """What the journal has of an answer that was refused: it is not checked again."""
         known = None if self.record is None else self.record.refusal(step)
         return None if known is None else Answer(reason=known.retry_reason, told=known.told)
+
+
+def _with_settled(metrics: StepMetrics, settled: StepTrace | None) -> StepMetrics:
+    """A step's account with the calls before it that had waited for approval."""
+    if settled is None or settled.metrics is None:
+        return metrics
+    tool_s = settled.metrics.tool_s
+    return metrics.closed(total_s=metrics.total_s + tool_s, tool_s=metrics.tool_s + tool_s)
 
 
 def _settings(conversation: Conversation, given: ModelSettings) -> ModelSettings:

@@ -72,7 +72,18 @@ class CallEnd:
     call: ToolCallPart
 
 
-ModelEvent = TextChunk | CallStart | CallChunk | CallEnd
+@dataclass(frozen=True, slots=True)
+class TokensWritten:
+    """``tokens`` tokens were committed, which ``source`` proposed: ``"model"``, ``"forced"`` (by
+    the grammar) or a proposer's name. ``text`` is how the model writes them, markup included. Only
+    models that know who proposed a token say so, before the events that the text leads to."""
+
+    tokens: int
+    source: str
+    text: str
+
+
+ModelEvent = TextChunk | CallStart | CallChunk | CallEnd | TokensWritten
 Emit = Callable[[ModelEvent], Awaitable[None]]
 """Where a session's turn sends its events, in order."""
 
@@ -135,6 +146,8 @@ class Model(ABC):
 
     settings: ModelSettings | None = None
     """The model's own defaults, under those of agent, run and step."""
+    provider: str = "custom"
+    """Who runs it, as telemetry names it: OpenTelemetry's ``gen_ai.provider.name``."""
 
     @property
     @abstractmethod

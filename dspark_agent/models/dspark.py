@@ -46,6 +46,7 @@ from dspark_agent.models.base import (
     ModelSession,
     ModelTurn,
     TextChunk,
+    TokensWritten,
 )
 from dspark_agent.models.bridge import ThreadBridge
 from dspark_agent.models.builder import ResponseBuilder
@@ -84,6 +85,8 @@ class DSparkModel(Model):
         engine: one that is already loaded; it stays the caller's to close.
         settings: this model's own defaults.
     """
+
+    provider = "dspark"
 
     def __init__(
         self,
@@ -265,7 +268,8 @@ class _DSparkSession(ModelSession):
             while True:
                 for event in await bridge.get_all():
                     match event:
-                        case Tokens(text=text):
+                        case Tokens(token_ids, text, source):
+                            await emit(TokensWritten(len(token_ids), source, text))
                             await _send(prepared.reader.feed(text), emit)
                         case Finished(outcome):
                             running = False

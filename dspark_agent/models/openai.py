@@ -49,6 +49,8 @@ class OpenAIModel(Model):
         settings: this model's own defaults.
     """
 
+    provider = "openai"
+
     def __init__(
         self,
         model: str,

@@ -50,6 +50,8 @@ class FunctionModel(Model):
     The function (sync or async) returns a whole response, a text, one call, or a list of parts.
     """
 
+    provider = "test"
+
     def __init__(self, function: AnswerFunction, *, model_name: str = "function") -> None:
         self.function = function
         self._name = model_name

@@ -43,11 +43,12 @@ COMMANDS = [
 
 @pytest.mark.real_model
 @pytest.mark.parametrize("code", SNIPPETS)
-def test_python_runs_on_the_small_model(code: str) -> None:
+def test_python_runs_on_the_small_model(code: str, tmp_path: Path) -> None:
     for name in ("qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"):
         code = code.replace(name, SMALL)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,

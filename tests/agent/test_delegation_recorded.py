@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from dspark_agent import (
     ToolCallPart,
     UserError,
 )
+from dspark_agent.trace import RunTrace, StepTrace, ToolTrace
 
 pytestmark = pytest.mark.anyio
 
@@ -111,3 +114,31 @@ async def test_a_part_cannot_wait_for_an_approval() -> None:
     agent = Agent(Counted(prompt="Go").model, tools=[helper.as_tool(description="Ask.")])
     with pytest.raises(UserError, match="'helper' waits for an approval"):
         await agent.run("Go")
+
+
+async def test_who_watches_an_agent_sees_what_its_successor_does() -> None:
+    seen: list[tuple[str, int, str]] = []
+
+    class Looks:
+        @contextmanager
+        def run(self, run: RunTrace) -> Iterator[None]:
+            yield
+
+        @contextmanager
+        def step(self, step: StepTrace) -> Iterator[None]:
+            seen.append((step.agent, step.index, step.conversation_id))
+            yield
+
+        @contextmanager
+        def turn(self, step: StepTrace, messages: object, turn: ModelTurn) -> Iterator[None]:
+            yield
+
+        @contextmanager
+        def tool(self, tool: ToolTrace) -> Iterator[None]:
+            yield
+
+    other = Agent(TestModel(), name="other")
+    triage = Agent(Counted(reason="theirs").model, name="triage", tools=[Handoff(other)])
+    await triage.instrument(Looks()).run("Go")
+    assert [(agent, index) for agent, index, _ in seen] == [("triage", 0), ("other", 1)]
+    assert len({conversation for *_, conversation in seen}) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,6 +89,38 @@ async def test_typed_steps_tools_and_text_go_on_from_one_token_log(model: DSpark
     for step in session.steps:
         assert step.metrics.parts_s == pytest.approx(step.metrics.total_s, rel=0.02)
     assert called.metrics.accepted["forced"] > called.metrics.new_tokens / 2
+
+
+@pytest.mark.anyio
+async def test_every_token_is_put_down_to_who_proposed_it(
+    model: DSparkModel, engine: Engine
+) -> None:
+    async with Agent(model, tools=[add]).session() as session:
+        called = await session.step("Add 20 and 22.", tool_choice="add")
+        typed = await session.step("Rex is a dog of 3 years.", output_type=Pet)
+        await session.step("Say hello.", output_type=str)
+        log = session.history.token_log
+    assert log is not None
+    for step in session.steps:
+        trace = step.trace
+        assert trace is not None
+        runs = trace.token_runs
+        counts: dict[str, int] = {}
+        for run in runs:
+            counts[run.source] = counts.get(run.source, 0) + run.tokens
+        assert counts == {source: n for source, n in step.metrics.accepted.items() if n}
+        assert sum(counts.values()) == step.metrics.new_tokens
+        assert all(one.source != two.source for one, two in pairwise(runs))
+        ends = [run.ended for run in runs]
+        assert ends == sorted(ends)
+        assert trace.model_ended is not None
+        assert trace.began <= ends[0] <= ends[-1] <= trace.model_ended
+    assert typed.trace is not None
+    assert "".join(run.text for run in typed.trace.token_runs) == typed.text
+    assert called.trace is not None
+    markup = "".join(run.text for run in called.trace.token_runs)
+    assert called.tool_calls[0].args_json() in markup
+    assert markup in engine.tokenizer.decode(log)
 
 
 @pytest.mark.anyio
