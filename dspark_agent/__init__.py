@@ -9,11 +9,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dspark_agent.agent import Agent
+from dspark_agent.compaction import Compaction
+from dspark_agent.concurrency import fan_out
 from dspark_agent.context import RunContext
+from dspark_agent.deferred import (
+    DeferredToolRequests,
+    DeferredToolResults,
+    ToolApproved,
+    ToolDenied,
+)
+from dspark_agent.delegation import Handoff
 from dspark_agent.errors import (
+    ApprovalRequired,
     ContextLengthError,
     DeadlineExceeded,
     DSparkError,
+    GuardrailTripped,
+    JournalError,
+    JournalLockedError,
     ModelError,
     ModelHTTPError,
     ModelNotFoundError,
@@ -23,6 +36,7 @@ from dspark_agent.errors import (
     SchemaError,
     SessionClosedError,
     ToolFailed,
+    ToolInterruptedError,
     ToolRetriesExceeded,
     UnexpectedModelBehavior,
     UsageLimitExceeded,
@@ -30,6 +44,7 @@ from dspark_agent.errors import (
 )
 from dspark_agent.events import (
     AgentEvent,
+    ContextCompacted,
     PartialOutput,
     StepEnd,
     StepStart,
@@ -40,6 +55,10 @@ from dspark_agent.events import (
     ToolResult,
 )
 from dspark_agent.history import History
+from dspark_agent.hooks import Hooks
+from dspark_agent.journal.base import Journal
+from dspark_agent.journal.sqlite import SqliteJournal
+from dspark_agent.json_schema import JsonSchema
 from dspark_agent.limits import RequestUsage, RunUsage, UsageLimits
 from dspark_agent.messages import (
     FinishReason,
@@ -58,14 +77,16 @@ from dspark_agent.metrics import StepMetrics
 from dspark_agent.models import infer_model
 from dspark_agent.models.base import Model, ModelSession, ModelTurn
 from dspark_agent.models.testing import FunctionModel, TestModel
-from dspark_agent.output import JsonSchema
+from dspark_agent.outputs import NativeOutput, PromptedOutput, TextOutput, ToolOutput
 from dspark_agent.run import AgentRun, RunResult
 from dspark_agent.session import Session
 from dspark_agent.settings import ModelSettings
 from dspark_agent.step import StepKind, StepResult
 from dspark_agent.stream import EventStream
+from dspark_agent.timeline import Timeline
 from dspark_agent.tools import Tool, ToolDefinition, tool
 from dspark_agent.toolset import FunctionToolset
+from dspark_agent.trace import Recording
 
 if TYPE_CHECKING:
     from dspark_agent.models.dspark import DSparkModel
@@ -75,15 +96,26 @@ __all__ = [
     "Agent",
     "AgentEvent",
     "AgentRun",
+    "ApprovalRequired",
+    "Compaction",
+    "ContextCompacted",
     "ContextLengthError",
     "DSparkError",
     "DSparkModel",
     "DeadlineExceeded",
+    "DeferredToolRequests",
+    "DeferredToolResults",
     "EventStream",
     "FinishReason",
     "FunctionModel",
     "FunctionToolset",
+    "GuardrailTripped",
+    "Handoff",
     "History",
+    "Hooks",
+    "Journal",
+    "JournalError",
+    "JournalLockedError",
     "JsonSchema",
     "Model",
     "ModelError",
@@ -97,9 +129,12 @@ __all__ = [
     "ModelSession",
     "ModelSettings",
     "ModelTurn",
+    "NativeOutput",
     "OpenAIModel",
     "OutputError",
     "PartialOutput",
+    "PromptedOutput",
+    "Recording",
     "RequestUsage",
     "RetryPromptPart",
     "RunCancelled",
@@ -109,6 +144,7 @@ __all__ = [
     "SchemaError",
     "Session",
     "SessionClosedError",
+    "SqliteJournal",
     "StepEnd",
     "StepKind",
     "StepMetrics",
@@ -117,14 +153,20 @@ __all__ = [
     "SystemPromptPart",
     "TestModel",
     "TextDelta",
+    "TextOutput",
     "TextPart",
+    "Timeline",
     "Tool",
+    "ToolApproved",
     "ToolCallDelta",
     "ToolCallEnd",
     "ToolCallPart",
     "ToolCallStart",
     "ToolDefinition",
+    "ToolDenied",
     "ToolFailed",
+    "ToolInterruptedError",
+    "ToolOutput",
     "ToolResult",
     "ToolRetriesExceeded",
     "ToolReturnPart",
@@ -133,6 +175,7 @@ __all__ = [
     "UsageLimits",
     "UserError",
     "UserPromptPart",
+    "fan_out",
     "infer_model",
     "tool",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from types import NoneType
@@ -13,7 +13,6 @@ from typing import (
     Generic,
     ParamSpec,
     Self,
-    TypedDict,
     TypeVar,
     cast,
     overload,
@@ -23,18 +22,27 @@ import anyio
 from typing_extensions import TypeVar as DefaultTypeVar
 from typing_extensions import Unpack
 
+from dspark_agent.agent_options import AgentOptions
+from dspark_agent.compaction import Compaction
 from dspark_agent.context import DepsT, RunContext
 from dspark_agent.core import Core
 from dspark_agent.declaration import Declaration
+from dspark_agent.delegation import DelegateOptions, Handoff, agent_as_tool
 from dspark_agent.errors import UserError
 from dspark_agent.history import History
+from dspark_agent.hooks import Hooks
+from dspark_agent.journal.base import Journal
+from dspark_agent.journal.record import recorded
 from dspark_agent.limits import UsageLimits
 from dspark_agent.messages import ModelRequest, ModelResponse
 from dspark_agent.models import infer_model
 from dspark_agent.models.base import Model
-from dspark_agent.output import JsonSchema, Output
+from dspark_agent.observer import Observer
+from dspark_agent.output import Output
+from dspark_agent.outputs import OutputForm
 from dspark_agent.relay import EventHandler
 from dspark_agent.run import AgentRun, RunResult
+from dspark_agent.run_options import ResumeOptions, RunOptions
 from dspark_agent.session import Session
 from dspark_agent.settings import ModelSettings
 from dspark_agent.step import UNSET
@@ -52,22 +60,6 @@ R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class RunOptions(TypedDict, Generic[DepsT], total=False):
-    """Keywords of every way to run an agent.
-
-    ``deps``: what tools find in ``ctx.deps``. ``message_history``: messages or a History to go on
-    from. ``limits``: instead of the agent's. ``model`` and ``model_settings``: instead of, and
-    over, the agent's. ``on_event``: called (and awaited) with every event.
-    """
-
-    deps: DepsT
-    message_history: History | Sequence[ModelRequest | ModelResponse] | None
-    limits: UsageLimits | None
-    model: Model | str | None
-    model_settings: ModelSettings | None
-    on_event: EventHandler | None
-
-
 class Agent(Generic[DepsT, OutT]):
     """Declares what a model may do and must answer; runs it, or opens sessions of typed steps.
 
@@ -75,10 +67,14 @@ class Agent(Generic[DepsT, OutT]):
         model: a :class:`Model`, or the name of one for the embedded engine. A name is loaded when
             it is first used; pass one Model object to several agents to load it once.
         output_type: a type that pydantic can validate, ``SomeType | str`` for a typed result or
-            text, or :class:`JsonSchema`.
+            text, :class:`JsonSchema`, a function whose parameters the model fills in and whose
+            return value is the output, :class:`ToolOutput`, :class:`NativeOutput`,
+            :class:`PromptedOutput`, :class:`TextOutput`, or a choice of them (``|``, or a list).
         instructions: said to the model before anything else; see also :meth:`instructions`.
         deps_type: the type of ``deps``; documentation, type inference, and a check at run time.
-        tools: functions or Tools. toolsets: shared sets of them.
+        tools: functions or Tools. toolsets: shared sets of them. hooks: see :class:`Hooks`.
+        compaction: how conversations are shortened that fill the model's context; without it, a
+            step that does not fit is an error.
         model_settings: over the model's own.
         retries: how often in a row a tool may ask for a retry (tools may have their own), and,
             unless ``output_retries`` says otherwise, an output may be refused.
@@ -91,19 +87,7 @@ class Agent(Generic[DepsT, OutT]):
 
     @overload
     def __init__(
-        self: Agent[DepsT, str],
-        model: Model | str,
-        *,
-        instructions: str | Sequence[str] = (),
-        deps_type: type[DepsT] = ...,
-        name: str | None = None,
-        tools: Sequence[Tool[DepsT] | Callable[..., Any]] = (),
-        toolsets: Sequence[FunctionToolset[DepsT]] = (),
-        model_settings: ModelSettings | None = None,
-        retries: int = 1,
-        output_retries: int | None = None,
-        tool_timeout: float | None = None,
-        limits: UsageLimits | None = None,
+        self: Agent[DepsT, str], model: Model | str, **options: Unpack[AgentOptions[DepsT]]
     ) -> None: ...
     @overload
     def __init__(
@@ -111,33 +95,31 @@ class Agent(Generic[DepsT, OutT]):
         model: Model | str,
         *,
         output_type: TypeForm[T],
-        instructions: str | Sequence[str] = (),
-        deps_type: type[DepsT] = ...,
-        name: str | None = None,
-        tools: Sequence[Tool[DepsT] | Callable[..., Any]] = (),
-        toolsets: Sequence[FunctionToolset[DepsT]] = (),
-        model_settings: ModelSettings | None = None,
-        retries: int = 1,
-        output_retries: int | None = None,
-        tool_timeout: float | None = None,
-        limits: UsageLimits | None = None,
+        **options: Unpack[AgentOptions[DepsT]],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Agent[DepsT, T],
+        model: Model | str,
+        *,
+        output_type: OutputForm[T] | Callable[..., Awaitable[T]],
+        **options: Unpack[AgentOptions[DepsT]],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Agent[DepsT, T],
+        model: Model | str,
+        *,
+        output_type: Callable[..., T],
+        **options: Unpack[AgentOptions[DepsT]],
     ) -> None: ...
     @overload
     def __init__(
         self: Agent[DepsT, Any],
         model: Model | str,
         *,
-        output_type: JsonSchema,
-        instructions: str | Sequence[str] = (),
-        deps_type: type[DepsT] = ...,
-        name: str | None = None,
-        tools: Sequence[Tool[DepsT] | Callable[..., Any]] = (),
-        toolsets: Sequence[FunctionToolset[DepsT]] = (),
-        model_settings: ModelSettings | None = None,
-        retries: int = 1,
-        output_retries: int | None = None,
-        tool_timeout: float | None = None,
-        limits: UsageLimits | None = None,
+        output_type: Sequence[Any],
+        **options: Unpack[AgentOptions[DepsT]],
     ) -> None: ...
     def __init__(
         self,
@@ -149,6 +131,8 @@ class Agent(Generic[DepsT, OutT]):
         name: str | None = None,
         tools: Sequence[Tool[DepsT] | Callable[..., Any]] = (),
         toolsets: Sequence[FunctionToolset[DepsT]] = (),
+        hooks: Sequence[Hooks[DepsT]] = (),
+        compaction: Compaction | None = None,
         model_settings: ModelSettings | None = None,
         retries: int = 1,
         output_retries: int | None = None,
@@ -169,8 +153,11 @@ class Agent(Generic[DepsT, OutT]):
             tool_timeout=tool_timeout,
             limits=limits,
             instructions=[instructions] if isinstance(instructions, str) else list(instructions),
+            hooks=tuple(hooks),
+            compaction=compaction,
         )
-        _ = self._declaration.tools  # finds two tools of one name here, not in the first run
+        # Finds two tools of one name here, not in the first run.
+        self._declaration.check_names(self._declaration.output)
 
     # -- declaring -----------------------------------------------------------------------------
 
@@ -204,6 +191,46 @@ class Agent(Generic[DepsT, OutT]):
         self._declaration.validators.append(function)
         return function
 
+    def input_guard(self, function: F, /) -> F:
+        """Decorator: a function, ``(prompt)`` or ``(ctx, prompt)``, sync or async, that sees every
+        prompt before the model does. None lets it pass; a text says why not, and stops the run
+        with :class:`GuardrailTripped`."""
+        self._declaration.input_guards.append(function)
+        return function
+
+    def output_guard(self, function: F, /) -> F:
+        """Decorator: a function, ``(output)`` or ``(ctx, output)``, sync or async, that sees every
+        output (of any type that a run or step asks for) after its validators. None lets it pass; a
+        text says why not, and stops the run with :class:`GuardrailTripped`."""
+        self._declaration.output_guards.append(function)
+        return function
+
+    @property
+    def tools(self) -> Mapping[str, Tool[DepsT]]:
+        """All its tools by name, those of its toolsets included."""
+        return self._declaration.tools
+
+    def instrument(self, observer: Observer, /) -> Self:
+        """Have ``observer`` told of everything this agent does from its next run or session on,
+        and of what other agents do inside its tools; gives back the agent."""
+        self._declaration.observers.append(observer)
+        return self
+
+    # -- at the service of others --------------------------------------------------------------
+
+    def as_tool(self, *, description: str, **options: Unpack[DelegateOptions]) -> Tool[Any]:
+        """This agent as a tool of another: a prompt in, its output out.
+
+        Each call is a run of its own that is part of the caller's: the caller's limits, deadline
+        and cancellation hold for it, what it uses counts there, and it gets the caller's deps (if
+        it takes any). Where it comes to no answer (refused outputs, limits of its own), the
+        caller's model is told so; the caller's own limits end the caller's run.
+
+        ``description`` says to the caller's model what it is for. The other options are those of
+        :class:`Tool`; ``name`` is the agent's own by default.
+        """
+        return agent_as_tool(self, description, options)
+
     # -- running -------------------------------------------------------------------------------
 
     @overload
@@ -223,9 +250,9 @@ class Agent(Generic[DepsT, OutT]):
         self,
         prompt: str | None = None,
         *,
-        output_type: JsonSchema,
+        output_type: OutputForm[T],
         **options: Unpack[RunOptions[DepsT]],
-    ) -> RunResult[Any]: ...
+    ) -> RunResult[T]: ...
     async def run(
         self,
         prompt: str | None = None,
@@ -240,10 +267,7 @@ class Agent(Generic[DepsT, OutT]):
             DSparkError: see the errors under it. Whatever a tool raised, other than ModelRetry
                 and ToolFailed, comes out as it is.
         """
-        async with self._driven(prompt, output_type, options) as run:
-            async for _ in run:
-                pass
-            return run.result
+        return await self._finished(prompt, output_type, options)
 
     @overload
     def run_sync(
@@ -262,9 +286,9 @@ class Agent(Generic[DepsT, OutT]):
         self,
         prompt: str | None = None,
         *,
-        output_type: JsonSchema,
+        output_type: OutputForm[T],
         **options: Unpack[RunOptions[DepsT]],
-    ) -> RunResult[Any]: ...
+    ) -> RunResult[T]: ...
     def run_sync(
         self,
         prompt: str | None = None,
@@ -275,6 +299,51 @@ class Agent(Generic[DepsT, OutT]):
         """:meth:`run`, from code that is not async."""
         return anyio.run(partial(self.run, prompt, output_type=output_type, **options))
 
+    @overload
+    async def resume(
+        self, run_id: str, *, journal: Journal, **options: Unpack[ResumeOptions[DepsT]]
+    ) -> RunResult[OutT]: ...
+    @overload
+    async def resume(
+        self,
+        run_id: str,
+        *,
+        journal: Journal,
+        output_type: TypeForm[T],
+        **options: Unpack[ResumeOptions[DepsT]],
+    ) -> RunResult[T]: ...
+    @overload
+    async def resume(
+        self,
+        run_id: str,
+        *,
+        journal: Journal,
+        output_type: OutputForm[T],
+        **options: Unpack[ResumeOptions[DepsT]],
+    ) -> RunResult[T]: ...
+    async def resume(
+        self,
+        run_id: str,
+        *,
+        journal: Journal,
+        output_type: Any = UNSET,
+        **options: Unpack[ResumeOptions[DepsT]],
+    ) -> RunResult[Any]:
+        """Go on with a run that a crash, an error or a pause has ended; its result, if it is done.
+
+        What the journal has is not done again: the model is not asked, no finished tool is
+        called. Output types, output validators and hooks are. The agent, ``output_type`` and
+        ``deps`` are those that the run began with; ``limits`` count what is recorded, while
+        ``wall_seconds`` begins anew.
+
+        Raises:
+            JournalError: there is no such run, or the agent has changed since it was recorded.
+            JournalLockedError: another process (or task) is running it.
+            ToolInterruptedError: a tool that is not idempotent was begun, and no end is recorded.
+        """
+        every = cast("RunOptions[DepsT]", {**options, "journal": journal, "run_id": run_id})
+        return await self._finished(None, output_type, every, resume=True)
+
     def iter(
         self, prompt: str | None = None, **options: Unpack[RunOptions[DepsT]]
     ) -> AbstractAsyncContextManager[AgentRun[DepsT, OutT]]:
@@ -284,16 +353,18 @@ class Agent(Generic[DepsT, OutT]):
 
     def run_stream(
         self, prompt: str | None = None, **options: Unpack[RunOptions[DepsT]]
-    ) -> AbstractAsyncContextManager[EventStream[RunResult[OutT]]]:
+    ) -> AbstractAsyncContextManager[EventStream[OutT]]:
         """A run whose events the caller reads as they come:
         ``async with agent.run_stream("...") as stream: async for event in stream: ...``"""
         if options.get("on_event") is not None:
             raise UserError("run_stream gives the events itself; use run(on_event=...) instead")
 
-        async def work(handler: EventHandler) -> RunResult[OutT]:
-            return await self.run(prompt, **(options | {"on_event": handler}))
+        def start(
+            handler: EventHandler,
+        ) -> AbstractAsyncContextManager[AgentRun[DepsT, OutT]]:
+            return self._driven(prompt, UNSET, options | {"on_event": handler})
 
-        return streamed(work)
+        return streamed(start)
 
     def session(
         self,
@@ -304,29 +375,73 @@ class Agent(Generic[DepsT, OutT]):
         model: Model | str | None = None,
         model_settings: ModelSettings | None = None,
         on_event: EventHandler | None = None,
+        parent: RunContext[Any] | None = None,
     ) -> Session[DepsT, OutT]:
         """A conversation of typed steps: ``async with agent.session() as s: await s.step("...")``.
 
-        ``limits`` hold over the whole of the session; the agent's by default.
+        ``limits`` hold over the whole of the session; the agent's by default. The other keywords
+        are those of :class:`RunOptions`.
         """
-        core = self._core(
-            {"model": model, "model_settings": model_settings, "on_event": on_event, "deps": deps},
-            limits=limits or self._declaration.limits,
-        )
+        options: RunOptions[Any] = {
+            "model": model,
+            "model_settings": model_settings,
+            "on_event": on_event,
+            "deps": deps,
+            "parent": parent,
+        }
+        core = self._core(options, limits=limits or self._declaration.limits)
         return Session(core, History.of(history))
+
+    async def _finished(
+        self, prompt: str | None, output_type: Any, options: RunOptions[DepsT], resume: bool = False
+    ) -> RunResult[Any]:
+        async with self._driven(prompt, output_type, options, resume) as run:
+            async for _ in run:
+                pass
+            return run.result
 
     @asynccontextmanager
     async def _driven(
-        self, prompt: str | None, output_type: Any, options: RunOptions[DepsT]
+        self,
+        prompt: str | None,
+        output_type: Any,
+        options: RunOptions[DepsT],
+        resume: bool = False,
     ) -> AsyncIterator[AgentRun[DepsT, Any]]:
         core = self._core(options, limits=None)
         limits = options.get("limits") or self._declaration.limits or UsageLimits()
-        try:
-            with core.work(limits) as work:
-                await core.open(History.of(options.get("message_history")))
-                yield AgentRun(core, work, prompt, output_type)
-        finally:
-            await core.close()
+        history = History.of(options.get("message_history"))
+        results = options.get("deferred_tool_results")
+        journal, run_id = options.get("journal"), options.get("run_id")
+        if (journal is None) != (run_id is None):
+            raise UserError("journal= and run_id= go together: where a run is kept, and its name")
+        if journal is not None:
+            self._check_keeps_its_agent()
+
+        def successor(handoff: Handoff[DepsT]) -> Core[Any]:
+            return handoff.agent._core(options, limits=None)
+
+        async with recorded(journal, run_id, results) as record:
+            if record is not None:
+                prompt, history = await core.begin(record, prompt, history, resume)
+            run: AgentRun[DepsT, Any] | None = None
+            try:
+                with core.work(limits) as work:
+                    await core.open(history, output_type)
+                    run = AgentRun(core, work, prompt, output_type, results, successor)
+                    with core.watch.run() as trace:
+                        yield run
+                        trace.usage = core.usage.model_copy()
+            finally:
+                await (core if run is None else run.core).close()
+
+    def _check_keeps_its_agent(self) -> None:
+        for name, tool in self._declaration.tools.items():
+            if isinstance(tool, Handoff):
+                raise UserError(
+                    f"agent {self.name!r} has the handoff {name!r}: a journal keeps the run of one "
+                    "agent; use as_tool(), or run without journal="
+                )
 
     def _core(self, options: RunOptions[Any], *, limits: UsageLimits | None) -> Core[DepsT]:
         model = options.get("model")
@@ -337,6 +452,7 @@ class Agent(Generic[DepsT, OutT]):
             settings=options.get("model_settings"),
             limits=limits,
             on_event=options.get("on_event"),
+            parent=options.get("parent"),
         )
 
     # -- closing -------------------------------------------------------------------------------

@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
-from typing import Any, Generic
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from uuid import uuid4
 
 import anyio
 
 from dspark_agent import budget
+from dspark_agent.branching import branched
 from dspark_agent.budget import Budget
+from dspark_agent.calling import call_with_ctx
+from dspark_agent.compacting import compact, make_room
 from dspark_agent.context import Cancellation, DepsT, RunContext
 from dspark_agent.conversation import Conversation
 from dspark_agent.declaration import Declaration
-from dspark_agent.errors import DeadlineExceeded, RunCancelled, SessionClosedError, UserError
+from dspark_agent.deferred import DeferredToolResults
+from dspark_agent.errors import (
+    ContextLengthError,
+    DeadlineExceeded,
+    RunCancelled,
+    SessionClosedError,
+    UserError,
+)
+from dspark_agent.events import CompactionReason
+from dspark_agent.guards import check_guards
 from dspark_agent.history import History
+from dspark_agent.journal.entries import RunBegun
+from dspark_agent.journal.record import RunRecord
+from dspark_agent.journal.session import RecordedSession
 from dspark_agent.limits import RunUsage, UsageLimits
 from dspark_agent.messages import SystemPromptPart, UserPromptPart
-from dspark_agent.models.base import Model, ModelSession
+from dspark_agent.models.base import Model, ModelSession, ModelTurn
+from dspark_agent.observer import Watch
 from dspark_agent.relay import EventHandler
 from dspark_agent.settings import ModelSettings
-from dspark_agent.step import UNSET, StepPlan, StepResult
-from dspark_agent.turn import TurnTaker, call_with_ctx
+from dspark_agent.settling import settle
+from dspark_agent.step import UNSET, StepKind, StepPlan, StepResult
+from dspark_agent.trace import StepTrace
+from dspark_agent.turn import TurnTaker
+
+T = TypeVar("T")
+
+if TYPE_CHECKING:
+    from dspark_agent.session import Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +69,8 @@ class Core(Generic[DepsT]):
         settings: ModelSettings | None = None,
         limits: UsageLimits | None = None,
         on_event: EventHandler | None = None,
+        record: RunRecord | None = None,
+        parent: RunContext[Any] | None = None,
     ) -> None:
         declaration.check_deps(deps)
         self.declaration = declaration
@@ -53,29 +79,97 @@ class Core(Generic[DepsT]):
         self.settings = settings
         self.limits = limits
         self.on_event = on_event
+        self.record = record
         self.runner = declaration.runner()
+        self.watch = Watch(
+            declaration.name,
+            model.name,
+            model.provider,
+            uuid4().hex,
+            tuple(declaration.observers),
+        )
         self.conversation = Conversation()
-        self.usage = RunUsage()
-        self._budgets: tuple[Budget, ...] = ()
+        self.usage = RunUsage.part_of(None if parent is None else parent.usage)
+        self._parent = parent
+        self._budgets: tuple[Budget, ...] = () if parent is None else parent.budgets
         self._model_session: ModelSession | None = None
         self._token_log: tuple[int, ...] | None = None
+        self.widest = ModelTurn()
+        """What a turn may emit that nothing narrows: the model session was opened with it."""
+        self.epoch = 0
+        """How often the model session was replaced: marks of an older one mean nothing to it."""
         self._busy = False
 
     # -- open, copy, close ---------------------------------------------------------------------
 
-    async def open(self, history: History) -> None:
-        """Open the model's side; go on from ``history`` (from its token log where that fits)."""
-        resumes = history.resumes(self.model.name, tuple(self.runner.tools))
-        widest = self.plan().turn
-        token_log = history.token_log if resumes else None
-        model_session = await self.model.open(widest, token_log=token_log)
-        sent = history.logged_messages if resumes else 0
-        self._start(model_session, Conversation(messages=list(history.messages), sent=sent))
+    async def open(self, history: History, output_type: Any = UNSET) -> None:
+        """Open the model's side; go on from ``history`` (from its token log where that fits).
 
-    async def fork(self) -> Core[DepsT]:
-        """An independent copy of the conversation, which shares the model's work so far."""
+        ``output_type`` is that of the steps to come, the agent's own when left out. With a journal,
+        the model is opened when a turn needs it.
+        """
+        self.widest = self.plan(output_type=output_type, tools=tuple(self.runner.tools)).turn
+        resumes = history.resumes(self.model.name, self.widest.tool_names)
+        token_log = history.token_log if resumes else None
+        conversation = Conversation(
+            messages=list(history.messages),
+            sent=history.logged_messages if resumes else 0,
+            context_tokens=len(token_log or ()),
+            run_begin=len(history.messages),
+        )
+        session = await self._open_session(conversation, token_log)
+        self.start(session, conversation, self.limits)
+
+    async def _open_session(
+        self, conversation: Conversation, token_log: tuple[int, ...] | None
+    ) -> ModelSession:
+        """The model's side of ``conversation``; through the journal, where there is one."""
+        if self.record is None:
+            return await self._open_model(token_log)
+        return RecordedSession(
+            self.record,
+            self._open_model,
+            step=len(conversation.steps),
+            said=conversation.messages[: conversation.sent],
+            log=token_log,
+            log_owner=" ".join((self.model.name, *self.widest.tool_names)),
+        )
+
+    async def _open_model(self, token_log: tuple[int, ...] | None) -> ModelSession:
+        return await self.model.open(self.widest, token_log=token_log)
+
+    async def begin(
+        self, record: RunRecord, prompt: str | None, history: History, resume: bool
+    ) -> tuple[str | None, History]:
+        """Take up ``record``: the prompt and the history that the run begins with there, or began
+        with. ``resume`` takes whatever it began with."""
+        self.record = record
+        if resume:
+            return await record.begin(None)
+        begun = RunBegun(
+            agent=self.declaration.name,
+            model_name=self.model.name,
+            tool_names=tuple(self.runner.tools),
+            prompt=prompt,
+            history=history,
+        )
+        return await record.begin(begun)
+
+    async def fork(self, *, shares_limits: bool = False) -> Core[DepsT]:
+        """An independent copy of the conversation, which shares the model's work so far; with
+        ``shares_limits``, what it uses counts here, under the limits that are in force here."""
         with self._exclusive():
             model_session = await self.model_session.fork()
+        if shares_limits:
+            child = self.sibling(self.context(Work(self._budgets, self._inherited())))
+            child.start(model_session, self.conversation.copy(), None)
+        else:
+            child = self.sibling(self._parent)
+            child.start(model_session, self.conversation.copy(), self.limits)
+        return child
+
+    def sibling(self, parent: RunContext[Any] | None) -> Core[DepsT]:
+        """Another conversation of this kind, not open yet, as part of ``parent``."""
         child = Core(
             self.declaration,
             self.model,
@@ -83,15 +177,23 @@ class Core(Generic[DepsT]):
             settings=self.settings,
             limits=self.limits,
             on_event=self.on_event,
+            parent=parent,
         )
-        child._start(model_session, self.conversation.copy())
+        child.widest = self.widest
+        child.epoch = self.epoch
         return child
 
-    def _start(self, model_session: ModelSession, conversation: Conversation) -> None:
+    def start(
+        self,
+        model_session: ModelSession,
+        conversation: Conversation,
+        limits: UsageLimits | None,
+    ) -> None:
+        """Go on with a conversation that ``model_session`` knows; ``limits`` begin now."""
         self._model_session = model_session
         self.conversation = conversation
-        if self.limits is not None:
-            self._budgets = (Budget.begin(self.limits, self.usage),)
+        if limits is not None:
+            self._budgets = (*self._budgets, Budget.begin(limits, self.usage))
 
     async def close(self) -> None:
         """Free the model's side; the history stays readable. Idempotent."""
@@ -99,8 +201,20 @@ class Core(Generic[DepsT]):
             self._token_log = self._model_session.token_log
         model_session, self._model_session = self._model_session, None
         if model_session is not None:
-            with anyio.CancelScope(shield=True):
-                await model_session.close()
+            await self.closed(model_session)
+
+    async def closed(self, model_session: ModelSession) -> None:
+        """Close a model session, whatever is being cancelled."""
+        with anyio.CancelScope(shield=True):
+            await model_session.close()
+
+    async def reopen(self, conversation: Conversation) -> None:
+        """Go on with ``conversation`` in a new model session, which is told all of it anew."""
+        opened = await self._open_session(conversation, None)
+        before, self._model_session = self.model_session, opened
+        self.conversation = conversation
+        self.epoch += 1
+        await self.closed(before)
 
     @property
     def is_open(self) -> bool:
@@ -123,14 +237,17 @@ class Core(Generic[DepsT]):
         return History(
             messages=tuple(self.conversation.messages),
             model_name=self.model.name,
-            tool_names=tuple(self.runner.tools),
+            tool_names=self.widest.tool_names or tuple(self.runner.tools),
             token_log=self._token_log if opened is None else opened.token_log,
             logged_messages=self.conversation.sent,
         )
 
-    async def rollback(self, conversation: Conversation, model_mark: object) -> None:
+    async def rollback(self, conversation: Conversation, model_mark: object, epoch: int) -> None:
         """Go back to a copy of the conversation and the model's mark of the same moment."""
         with self._exclusive():
+            if epoch != self.epoch:
+                await self.reopen(replace(conversation.copy(), sent=0))
+                return
             await self.model_session.rollback(model_mark)
             self.conversation = conversation.copy()
 
@@ -138,7 +255,7 @@ class Core(Generic[DepsT]):
 
     @contextmanager
     def work(self, limits: UsageLimits | None, outer: Work | None = None) -> Iterator[Work]:
-        """Work under ``limits``, within those of ``outer`` (or the session's).
+        """Work under ``limits``, within those of ``outer`` (or the session's, or the parent's).
 
         Raises:
             DeadlineExceeded: the deadline passed inside.
@@ -148,13 +265,18 @@ class Core(Generic[DepsT]):
         if limits is not None:
             budgets = (*budgets, Budget.begin(limits, self.usage))
         with anyio.CancelScope(deadline=budget.deadline(budgets)) as scope:
-            cancellation = Cancellation(scope) if outer is None else outer.cancellation
+            around = self._inherited() if outer is None else outer.cancellation
+            own = around.scope is None  # nothing runs around this: cancelling ends this
+            cancellation = Cancellation(scope) if own else around
             yield Work(budgets, cancellation)
-        if outer is None and cancellation.reason is not None:
+        if own and cancellation.reason is not None:
             raise RunCancelled(cancellation.reason)
         if scope.cancelled_caught:
             first = min(budgets, key=lambda b: b.deadline)
             raise DeadlineExceeded(first.limits.wall_seconds or 0.0)
+
+    def _inherited(self) -> Cancellation:
+        return Cancellation() if self._parent is None else self._parent.cancellation
 
     @asynccontextmanager
     async def whole_or_not_at_all(self) -> AsyncIterator[None]:
@@ -168,6 +290,31 @@ class Core(Generic[DepsT]):
                 with anyio.CancelScope(shield=True):
                     await self.model_session.rollback(model_mark)
                 raise
+
+    async def committed(self, work: Work, turns: Callable[[], Awaitable[T]]) -> T:
+        """What ``turns`` comes to: whole or not at all, after shortening the conversation where the
+        agent's :class:`Compaction` says so.
+
+        ``turns`` is taken again only if it failed before the model had written anything.
+        """
+        policy = self.declaration.compaction
+        if policy is not None:
+            with self._exclusive():
+                await make_room(self, work, policy)
+        while True:
+            sent = self.conversation.sent
+            try:
+                async with self.whole_or_not_at_all():
+                    try:
+                        return await turns()
+                    finally:
+                        was_heard = self.conversation.sent != sent
+            except ContextLengthError:
+                if policy is None or was_heard:
+                    raise
+                with self._exclusive():
+                    if not await compact(self, work, policy, CompactionReason.OVERFLOW):
+                        raise
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -193,8 +340,12 @@ class Core(Generic[DepsT]):
         settings: ModelSettings | None = None,
         retries: int | None = None,
     ) -> StepPlan:
-        """The plan of a step: see :meth:`Declaration.plan`."""
-        return self.declaration.plan(
+        """The plan of a step: see :meth:`Declaration.plan`.
+
+        Raises:
+            UserError: besides, an output tool was not told to the model when the session opened.
+        """
+        plan = self.declaration.plan(
             output_type=output_type,
             tools=tools,
             tool_choice=tool_choice,
@@ -207,6 +358,18 @@ class Core(Generic[DepsT]):
             ),
             retries=retries,
         )
+        if self.is_open:
+            self._check_told(plan)
+        return plan
+
+    def _check_told(self, plan: StepPlan) -> None:
+        for name, tool in plan.output.tools.items():
+            if tool.definition not in self.widest.tools:
+                raise UserError(
+                    f"output tool {name!r} is unknown to this session: a model is told of its "
+                    "tools once, at the beginning; make it the agent's (or run's) output_type, or "
+                    "ask for the bare type"
+                )
 
     def context(self, work: Work) -> RunContext[DepsT]:
         """The run as the agent's functions see it now."""
@@ -218,6 +381,7 @@ class Core(Generic[DepsT]):
             max_retries=self.declaration.output_retries,
             deadline=budget.deadline(work.budgets),
             cancellation=work.cancellation,
+            budgets=work.budgets,
         )
 
     async def ask(self, prompt: str | None, work: Work) -> None:
@@ -225,32 +389,92 @@ class Core(Generic[DepsT]):
 
         Raises:
             UserError: there is nothing the model has to answer.
+            GuardrailTripped: an input guard stops the run.
         """
         if self.conversation.has_open_calls:
             raise UserError(
-                "the history ends with tool calls that have no results; add their ToolReturnParts "
-                "or leave the last response out"
+                "the history ends with tool calls that have no results; decide about them with "
+                "deferred_tool_results=..., add their ToolReturnParts, or leave the last response "
+                "out"
             )
-        if not self.conversation.messages:
-            texts = [
-                text if isinstance(text, str) else await call_with_ctx(text, self.context(work))
-                for text in self.declaration.instructions
-            ]
-            system = "\n\n".join(text for text in texts if text)
-            if system:
-                self.conversation.ask(SystemPromptPart(content=system))
+        if not self.conversation.messages and (system := await self.instructions(work)):
+            self.conversation.ask(SystemPromptPart(content=system))
         if prompt is not None:
+            guards = self.declaration.input_guards
+            await check_guards(guards, self.context(work), prompt, place="input")
             self.conversation.ask(UserPromptPart(content=prompt))
         elif not self.conversation.has_news:
             raise UserError("nothing to answer: the model had the last word; give a prompt")
 
-    async def take(self, plan: StepPlan, work: Work, attempt: int) -> StepResult[Any]:
+    async def instructions(self, work: Work) -> str:
+        """The agent's instructions now, or as the run's journal has them."""
+        known = None if self.record is None else await self.record.instructions(None)
+        if known is not None:
+            return known
+        texts = [
+            text if isinstance(text, str) else await call_with_ctx(text, self.context(work))
+            for text in self.declaration.instructions
+        ]
+        system = "\n\n".join(text for text in texts if text)
+        if self.record is not None:
+            await self.record.instructions(system)
+        return system
+
+    async def settle(self, results: DeferredToolResults, work: Work) -> StepTrace:
+        """Carry out decisions about calls that wait: see :func:`settling.settle`.
+
+        What the calls did outside cannot be undone, so their results stand whatever comes next.
+        """
+        index = len(self.conversation.steps)
+        with self.watch.step(index, StepKind.TOOL_CALL, 1) as trace:
+            async with self.whole_or_not_at_all():
+                await settle(
+                    self._taker(),
+                    self.conversation,
+                    results,
+                    ctx=self.context(work),
+                    budgets=work.budgets,
+                    trace=trace,
+                )
+            return trace
+
+    def _taker(self) -> TurnTaker[DepsT]:
+        return TurnTaker(
+            self.model_session,
+            self.runner,
+            self.on_event,
+            self.usage,
+            self.watch,
+            self.declaration.hooks,
+            self.record,
+        )
+
+    async def take(
+        self, plan: StepPlan, work: Work, attempt: int, settled: StepTrace | None = None
+    ) -> StepResult[Any]:
         """One turn: see :meth:`TurnTaker.take`."""
-        taker = TurnTaker(self.model_session, self.runner, self.on_event, self.usage)
-        return await taker.take(
+        ctx = self.context(work)
+        before, model_mark = self.conversation.copy(), self.model_session.mark()
+
+        async def fork() -> Session[DepsT, Any]:
+            from dspark_agent.session import Session  # which is made of cores
+
+            return Session(await branched(self, ctx, before, model_mark), History())
+
+        self._say_format(plan)
+        return await self._taker().take(
             self.conversation,
             plan,
-            ctx=self.context(work),
+            ctx=replace(ctx, forker=fork),
             budgets=work.budgets,
             attempt=attempt,
+            settled=settled,
         )
+
+    def _say_format(self, plan: StepPlan) -> None:
+        """What a PromptedOutput has to say, once a conversation."""
+        prompt = plan.output.prompt
+        if prompt is None or plan.needs_call or prompt in self.conversation.told:
+            return
+        self.conversation.told |= {prompt}
+        self.conversation.ask(UserPromptPart(content=prompt))

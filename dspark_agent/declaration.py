@@ -6,16 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
+from dspark_agent.compaction import Compaction
 from dspark_agent.context import DepsT
 from dspark_agent.errors import UserError
 from dspark_agent.execution import ToolRunner
+from dspark_agent.guards import Guard
+from dspark_agent.hooks import Hooks
 from dspark_agent.limits import UsageLimits
 from dspark_agent.narrowing import narrowed
+from dspark_agent.observer import Observer
 from dspark_agent.output import Output
 from dspark_agent.settings import ModelSettings, merge_settings
 from dspark_agent.step import UNSET, OutputValidator, StepPlan
 from dspark_agent.tools import Tool
 from dspark_agent.toolset import FunctionToolset
+
+KEPT_OUTPUTS = 64
+"""How many output types of steps a declaration keeps ready."""
 
 
 @dataclass(slots=True)
@@ -34,6 +41,12 @@ class Declaration(Generic[DepsT]):
     limits: UsageLimits | None
     instructions: list[str | Callable[..., Any]] = field(default_factory=list)
     validators: list[OutputValidator] = field(default_factory=list)
+    hooks: tuple[Hooks[DepsT], ...] = ()
+    compaction: Compaction | None = None
+    input_guards: list[Guard] = field(default_factory=list)
+    output_guards: list[Guard] = field(default_factory=list)
+    _outputs: dict[object, Output[Any]] = field(default_factory=dict)
+    observers: list[Observer] = field(default_factory=list)
 
     @property
     def tools(self) -> Mapping[str, Tool[DepsT]]:
@@ -55,7 +68,9 @@ class Declaration(Generic[DepsT]):
 
     def runner(self) -> ToolRunner[DepsT]:
         """What runs the agent's tools."""
-        return ToolRunner(self.tools, retries=self.retries, timeout=self.tool_timeout)
+        return ToolRunner(
+            self.tools, retries=self.retries, timeout=self.tool_timeout, hooks=self.hooks
+        )
 
     def check_deps(self, deps: object) -> None:
         """Raise :class:`UserError` where the agent needs deps and got none."""
@@ -86,18 +101,43 @@ class Declaration(Generic[DepsT]):
         names = self._choice(tools, tool_choice)
         if args and tool_choice not in names:
             raise UserError("args narrows one tool's arguments: name it with tool_choice")
+        output = self.output if own_output else self._output_of(output_type)
+        self.check_names(output)
         return StepPlan(
-            output=self.output if own_output else Output(output_type),
+            output=output,
             tool_choice=tool_choice or ("auto" if names else "none"),
             settings=merge_settings(*settings),
             retries=self.output_retries if retries is None else retries,
             validators=tuple(self.validators) if own_output else (),
+            guards=tuple(self.output_guards),
             tools=tuple(
                 narrowed(tool.definition, args) if args else tool.definition
                 for name, tool in self.tools.items()
                 if name in names
             ),
         )
+
+    def check_names(self, output: Output[Any]) -> None:
+        """Raise :class:`UserError` where a tool has the name of an output tool."""
+        for name in output.tools.keys() & self.tools.keys():
+            raise UserError(
+                f"agent {self.name!r}: its output_type and one of its tools are both called "
+                f"{name!r}; give the output another name: ToolOutput(..., name='...')"
+            )
+
+    def _output_of(self, output_type: Any) -> Output[Any]:
+        """The output type made ready; kept, since describing a type takes longer than a step's
+        bookkeeping."""
+        key = (output_type, str(output_type))
+        try:
+            known = self._outputs.get(key)
+        except TypeError:  # unhashable, such as a JsonSchema
+            return Output(output_type)
+        if known is None:
+            if len(self._outputs) == KEPT_OUTPUTS:
+                self._outputs.pop(next(iter(self._outputs)))
+            known = self._outputs[key] = Output(output_type)
+        return known
 
     def _choice(self, tools: Sequence[str] | None, tool_choice: str | None) -> tuple[str, ...]:
         known = tuple(self.tools)

@@ -5,26 +5,28 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from contextvars import copy_context
 from dataclasses import replace
 
 import anyio
 from anyio.abc import TaskGroup
 
 from dspark_agent.context import DepsT, RunContext
-from dspark_agent.execution import RetryCount, ToolPart, ToolRunner
+from dspark_agent.execution import CallOutcome, RetryCount, ToolRunner, WatchCall
 from dspark_agent.messages import ModelResponse, ToolCallPart
 from dspark_agent.models.base import CallEnd, ModelEvent
 from dspark_agent.models.builder import ResponseBuilder
 from dspark_agent.tools import ToolDefinition
+from dspark_agent.trace import unwatched
 
 
 class _Started:
-    """A call on its way: ``part`` and ``seconds`` hold once ``over`` is set."""
+    """A call on its way: ``outcome`` and ``seconds`` hold once ``over`` is set."""
 
     def __init__(self, call: ToolCallPart) -> None:
         self.call = call
         self.over = anyio.Event()
-        self.part: ToolPart | None = None
+        self.outcome: CallOutcome | None = None
         self.seconds = 0.0
 
 
@@ -32,14 +34,14 @@ class EarlyCalls:
     """The calls of one turn that were started as soon as the model had written them.
 
     These are the turn's first calls, up to one that has to have the stage for itself
-    (``sequential``) or that is none of the runner's: such a call and all after it wait for the end
-    of the turn. Made by :func:`early_calls`.
+    (``sequential``), that may need approval, or that is none of the runner's: such a call and all
+    after it wait for the end of the turn. Made by :func:`early_calls`.
     """
 
     def __init__(
         self,
         group: TaskGroup,
-        run: Callable[[ToolCallPart, ModelResponse], Awaitable[ToolPart]],
+        run: Callable[[ToolCallPart, ModelResponse], Awaitable[CallOutcome]],
         may_start: Callable[[ToolCallPart], bool],
     ) -> None:
         self.failure: Exception | None = None
@@ -49,6 +51,7 @@ class EarlyCalls:
         self._said = ResponseBuilder()
         self._started: dict[int, _Started] = {}
         self._held = False
+        self._context = copy_context()  # a call is part of the step, not of the model's turn
 
     def hear(self, event: ModelEvent) -> None:
         """Take one event of the turn; a call that it completes starts, if it may."""
@@ -59,17 +62,17 @@ class EarlyCalls:
         if not self._held:
             started = self._started[event.index] = _Started(event.call)
             so_far = ModelResponse(parts=self._said.parts())
-            self._group.start_soon(self._guarded, self._run_one, started, so_far)
+            self._context.run(self._group.start_soon, self._guarded, self._run_one, started, so_far)
 
-    async def result(self, index: int, call: ToolCallPart) -> tuple[ToolPart, float] | None:
-        """The result of the turn's ``index``-th call and the seconds it took; None where it was
+    async def result(self, index: int, call: ToolCallPart) -> tuple[CallOutcome, float] | None:
+        """The outcome of the turn's ``index``-th call and the seconds it took; None where it was
         not started. Waits for it."""
         started = self._started.get(index)
         if started is None or started.call != call:
             return None
         await started.over.wait()
-        assert started.part is not None
-        return started.part, started.seconds
+        assert started.outcome is not None
+        return started.outcome, started.seconds
 
     @contextmanager
     def beside(self, work: Callable[[], Awaitable[None]]) -> Iterator[None]:
@@ -94,7 +97,7 @@ class EarlyCalls:
 
     async def _run_one(self, started: _Started, so_far: ModelResponse) -> None:
         began = time.perf_counter()
-        started.part = await self._run(started.call, so_far)
+        started.outcome = await self._run(started.call, so_far)
         started.seconds = time.perf_counter() - began
         started.over.set()
 
@@ -113,18 +116,20 @@ async def early_calls(
     ctx: RunContext[DepsT],
     count: RetryCount,
     allowed: bool,
+    watch: WatchCall = unwatched,
 ) -> AsyncIterator[EarlyCalls]:
     """A turn and its calls: what is :meth:`EarlyCalls.hear`\\ d in here may start at once.
 
-    ``offered`` and ``count`` as for :meth:`ToolRunner.run`; ``ctx.messages`` gets what the model
-    has said so far. Nothing starts early unless it is ``allowed``.
+    ``offered``, ``count`` and ``watch`` as for :meth:`ToolRunner.run`; ``ctx.messages`` gets what
+    the model has said so far. Nothing starts early unless it is ``allowed``.
 
     Raises:
         Exception: whatever the body or a call raised first, bare; the other is cancelled.
     """
 
-    def run(call: ToolCallPart, so_far: ModelResponse) -> Awaitable[ToolPart]:
-        return runner.call(call, offered, replace(ctx, messages=(*ctx.messages, so_far)), count)
+    def run(call: ToolCallPart, so_far: ModelResponse) -> Awaitable[CallOutcome]:
+        ctx_now = replace(ctx, messages=(*ctx.messages, so_far))
+        return runner.start_early(call, offered, ctx_now, count, watch)
 
     def may_start(call: ToolCallPart) -> bool:
         return allowed and runner.may_start_early(call)

@@ -6,9 +6,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from dspark_agent.messages import RetryPromptPart, ToolCallPart, ToolReturnPart
+from dspark_agent.limits import RequestUsage
+from dspark_agent.messages import (
+    ModelRequest,
+    ModelResponse,
+    RetryPromptPart,
+    ToolCallPart,
+    ToolReturnPart,
+)
 
 if TYPE_CHECKING:
     from dspark_agent.step import StepKind, StepResult
@@ -51,8 +59,9 @@ class ToolCallDelta:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallEnd:
-    """A call is complete; it runs from now on (one of a ``sequential`` tool, and those after it,
-    once the model's turn is over)."""
+    """A call is complete; it runs from now on, or once the model's turn is over: one of a
+    ``sequential`` tool or of one that may need approval and those after it, and all of a run with
+    hooks or a journal."""
 
     step: int
     index: int
@@ -87,6 +96,33 @@ class StepEnd:
     result: StepResult[Any]
 
 
+class CompactionReason(StrEnum):
+    """Why a conversation was shortened."""
+
+    SHARE = "share"
+    """More of the window was in use than :class:`Compaction` allows."""
+    OVERFLOW = "overflow"
+    """A turn did not fit into the window."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContextCompacted:
+    """The conversation was shortened before step ``step``; see :class:`Compaction`.
+
+    ``summary`` stands in for ``left_out``, the messages that the model no longer sees.
+    ``context_tokens`` is the context's length before, 0 where it is not known. ``usage`` and
+    ``seconds`` are what the summary took; they are part of no step's metrics.
+    """
+
+    step: int
+    reason: CompactionReason
+    context_tokens: int
+    summary: str
+    left_out: tuple[ModelRequest | ModelResponse, ...]
+    usage: RequestUsage
+    seconds: float
+
+
 AgentEvent = (
     StepStart
     | TextDelta
@@ -95,5 +131,6 @@ AgentEvent = (
     | ToolCallEnd
     | ToolResult
     | PartialOutput
+    | ContextCompacted
     | StepEnd
 )

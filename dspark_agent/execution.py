@@ -4,25 +4,44 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic
 
 import anyio
+import pydantic_core
 from pydantic import ValidationError
 
+from dspark_agent import hooks
 from dspark_agent.context import DepsT, RunContext
-from dspark_agent.errors import ModelRetry, ToolFailed, ToolRetriesExceeded
+from dspark_agent.deferred import AwaitsApproval
+from dspark_agent.errors import (
+    ApprovalRequired,
+    ModelRetry,
+    ToolFailed,
+    ToolRetriesExceeded,
+    UserError,
+)
 from dspark_agent.function_schema import validation_text
+from dspark_agent.hooks import Hooks
+from dspark_agent.journal.calls import CallLedger
+from dspark_agent.json_schema import complaints
 from dspark_agent.messages import RetryPromptPart, ToolCallPart, ToolReturnPart
-from dspark_agent.output import complaints
 from dspark_agent.tools import Tool, ToolDefinition
+from dspark_agent.trace import ToolTrace, unwatched
 
 if TYPE_CHECKING:
     from dspark_agent.early_calls import EarlyCalls
 
 ToolPart = ToolReturnPart | RetryPromptPart
+CallOutcome = ToolPart | AwaitsApproval
 OnResult = Callable[[int, ToolPart, float], Awaitable[None]]
 """Told of each result as it comes: the call's place in the step, the result, its seconds."""
+Begins = Callable[[ToolCallPart], Awaitable[None]]
+"""Told of a call when nothing is left to check and the tool is about to run."""
+WatchCall = Callable[[ToolCallPart], AbstractContextManager[ToolTrace]]
+"""Entered around each call; its trace gets the result."""
 
 
 @dataclass(slots=True)
@@ -45,6 +64,7 @@ class ToolRunner(Generic[DepsT]):
     tools: Mapping[str, Tool[DepsT]]
     retries: int = 1
     timeout: float | None = None
+    hooks: tuple[Hooks[DepsT], ...] = ()
 
     async def run(
         self,
@@ -54,40 +74,54 @@ class ToolRunner(Generic[DepsT]):
         ctx: RunContext[DepsT],
         count: RetryCount,
         on_result: OnResult,
+        ledger: CallLedger | None = None,
+        watch: WatchCall = unwatched,
         early: EarlyCalls | None = None,
-    ) -> list[ToolPart]:
-        """Run ``calls``, but for those that run ``early`` already; one result each, in order.
+    ) -> list[CallOutcome]:
+        """Run ``calls``, but for those that run ``early`` already; one outcome each, in order.
 
         Calls of one step run at the same time, but for those of ``sequential`` tools. ``offered``
         are the tools of this step by name, narrowed as the step narrows them: what does not fit
-        is refused.
+        is refused. Calls that need approval are not run, unless ``ctx.tool_call_approved``. Calls
+        that ``ledger`` has the outcome of are not run again.
 
         Raises:
             ToolRetriesExceeded: a tool asked for more retries in a row than it has.
-            Exception: whatever a tool raised other than ModelRetry and ToolFailed; the step's
-                other calls are cancelled.
+            ToolInterruptedError: ``ledger`` has the begin of a call and not its end.
+            Exception: whatever a tool raised other than ModelRetry, ToolFailed and
+                ApprovalRequired; the step's other calls are cancelled.
         """
-        results: dict[int, ToolPart] = {}
+        outcomes: dict[int, CallOutcome] = {}
+        if ledger is not None:
+            calls = await ledger.resumed(calls, self.tools)
 
         async def run_one(index: int) -> None:
             known = None if early is None else await early.result(index, calls[index])
             if known is None:
                 began = time.perf_counter()
-                part = await self.call(calls[index], offered, ctx, count)
-                known = part, time.perf_counter() - began
-            results[index] = known[0]
-            await on_result(index, *known)
+                with watch(calls[index]) as trace:
+                    outcome = await self._recorded(index, calls[index], offered, ctx, count, ledger)
+                    trace.outcome = outcome
+                known = outcome, time.perf_counter() - began
+            outcomes[index], seconds = known
+            if not isinstance(known[0], AwaitsApproval):
+                await on_result(index, known[0], seconds)
 
         for batch in self._batches(calls):
             await _all([(run_one, index) for index in batch])
-        ordered = [results[index] for index in range(len(calls))]
+        ordered = [outcomes[index] for index in range(len(calls))]
         self._count_retries(calls, ordered, count)
         return ordered
 
     def may_start_early(self, call: ToolCallPart) -> bool:
-        """Whether ``call`` may run before the turn that made it is over."""
+        """Whether ``call`` may run before the turn that made it is over.
+
+        Not where a hook sees the whole turn first, nor where it may have to wait for approval.
+        """
         tool = self.tools.get(call.tool_name)
-        return tool is not None and not tool.sequential
+        if tool is None or self.hooks:
+            return False
+        return not tool.sequential and tool.requires_approval is False
 
     def _batches(self, calls: Sequence[ToolCallPart]) -> Iterator[list[int]]:
         batch: list[int] = []
@@ -103,15 +137,81 @@ class ToolRunner(Generic[DepsT]):
         if batch:
             yield batch
 
-    async def call(
+    async def start_early(
         self,
         call: ToolCallPart,
         offered: Mapping[str, ToolDefinition],
         ctx: RunContext[DepsT],
         count: RetryCount,
-    ) -> ToolPart:
-        """Run one call, checked and with its timeout; see :meth:`run`."""
+        watch: WatchCall = unwatched,
+    ) -> CallOutcome:
+        """Run one call that may start early, apart from the others; see :meth:`run`."""
+        with watch(call) as trace:
+            outcome = await self._hooked(call, offered, self._ctx_of(call, ctx, count), _nothing)
+            trace.outcome = outcome
+        return outcome
 
+    def _ctx_of(
+        self, call: ToolCallPart, ctx: RunContext[DepsT], count: RetryCount
+    ) -> RunContext[DepsT]:
+        return replace(
+            ctx,
+            retry=count.by_tool.get(call.tool_name, 0),
+            max_retries=self._retries_of(call.tool_name),
+            tool_name=call.tool_name,
+            tool_call_id=call.tool_call_id,
+        )
+
+    async def _recorded(
+        self,
+        index: int,
+        call: ToolCallPart,
+        offered: Mapping[str, ToolDefinition],
+        ctx: RunContext[DepsT],
+        count: RetryCount,
+        ledger: CallLedger | None,
+    ) -> CallOutcome:
+        """One call, unless the journal has what came of it."""
+        ctx = self._ctx_of(call, ctx, count)
+        if ledger is None:
+            return await self._hooked(call, offered, ctx, _nothing)
+        known = ledger.outcome(index)
+        if known is not None:
+            return known
+        begins = partial(ledger.begins, index)
+        return await ledger.ends(index, call, await self._hooked(call, offered, ctx, begins))
+
+    async def _hooked(
+        self,
+        call: ToolCallPart,
+        offered: Mapping[str, ToolDefinition],
+        ctx: RunContext[DepsT],
+        begins: Begins,
+    ) -> CallOutcome:
+        """One call with the hooks around it; one that waits for approval has only those before."""
+        try:
+            try:
+                hooked = await hooks.before_tool(self.hooks, ctx, call)
+            except ApprovalRequired as error:
+                return _awaits(call, error, ctx)
+            outcome = await self._call(hooked, offered, ctx, begins)
+            if isinstance(outcome, AwaitsApproval):
+                return outcome
+            return await hooks.after_tool(self.hooks, ctx, hooked, outcome)
+        except ModelRetry as error:
+            return RetryPromptPart(
+                content=error.message, tool_name=call.tool_name, tool_call_id=call.tool_call_id
+            )
+        except ToolFailed as error:
+            return _failed(call, error)
+
+    async def _call(
+        self,
+        call: ToolCallPart,
+        offered: Mapping[str, ToolDefinition],
+        ctx: RunContext[DepsT],
+        begins: Begins,
+    ) -> CallOutcome:
         def retry(reason: str) -> RetryPromptPart:
             return RetryPromptPart(
                 content=reason, tool_name=call.tool_name, tool_call_id=call.tool_call_id
@@ -128,24 +228,17 @@ class ToolRunner(Generic[DepsT]):
         narrowed = offered[call.tool_name].parameters
         if narrowed is not tool.schema.parameters and (found := complaints(narrowed, call.args)):
             return retry("\n".join(["Wrong arguments for this step:", *found]))
-        own_ctx = replace(
-            ctx,
-            retry=count.by_tool.get(call.tool_name, 0),
-            max_retries=self._retries_of(call.tool_name),
-            tool_name=call.tool_name,
-            tool_call_id=call.tool_call_id,
-        )
+        if not ctx.tool_call_approved and await tool.needs_approval(ctx, arguments):
+            return AwaitsApproval(call=call)
+        await begins(call)
         try:
-            return await self._return_of(tool, own_ctx, arguments, call, retry)
+            return await self._return_of(tool, ctx, arguments, call, retry)
         except ModelRetry as error:
             return retry(error.message)
+        except ApprovalRequired as error:
+            return _awaits(call, error, ctx)
         except ToolFailed as error:
-            return ToolReturnPart(
-                tool_name=call.tool_name,
-                content=error.message,
-                tool_call_id=call.tool_call_id,
-                outcome="failed",
-            )
+            return _failed(call, error)
 
     async def _return_of(
         self,
@@ -169,7 +262,7 @@ class ToolRunner(Generic[DepsT]):
         return self.retries if tool is None or tool.retries is None else tool.retries
 
     def _count_retries(
-        self, calls: Sequence[ToolCallPart], parts: Sequence[ToolPart], count: RetryCount
+        self, calls: Sequence[ToolCallPart], parts: Sequence[CallOutcome], count: RetryCount
     ) -> None:
         refused = {
             call.tool_name: part.content
@@ -182,6 +275,34 @@ class ToolRunner(Generic[DepsT]):
             count.by_tool[name] = count.by_tool.get(name, 0) + 1
             if count.by_tool[name] > self._retries_of(name):
                 raise ToolRetriesExceeded(name, reason, retries=self._retries_of(name))
+
+
+async def _nothing(call: ToolCallPart) -> None:
+    """What the begin of a call means where nobody keeps a ledger."""
+
+
+def _failed(call: ToolCallPart, error: ToolFailed) -> ToolReturnPart:
+    return ToolReturnPart(
+        tool_name=call.tool_name,
+        content=error.message,
+        tool_call_id=call.tool_call_id,
+        outcome="failed",
+    )
+
+
+def _awaits(call: ToolCallPart, asked: ApprovalRequired, ctx: RunContext[Any]) -> AwaitsApproval:
+    if ctx.tool_call_approved:
+        raise UserError(
+            f"tool {call.tool_name!r} raised ApprovalRequired for a call that was approved; look "
+            "at ctx.tool_call_approved first"
+        )
+    try:
+        metadata = pydantic_core.to_jsonable_python(asked.metadata)
+    except ValueError as error:  # pydantic's own is one, and bytes that are no text are another
+        raise UserError(
+            f"tool {call.tool_name!r}: the metadata of ApprovalRequired is no JSON: {error}"
+        ) from error
+    return AwaitsApproval(call=call, metadata=metadata)
 
 
 async def _all(jobs: Sequence[tuple[Callable[[int], Awaitable[None]], int]]) -> None:

@@ -52,7 +52,7 @@ class ToolReturnPart(_Part):
     tool_name: str
     content: Any
     tool_call_id: str
-    outcome: Literal["success", "failed"] = "success"
+    outcome: Literal["success", "failed", "denied"] = "success"
     note: str | None = None
     part_kind: Literal["tool-return"] = "tool-return"
 
@@ -171,7 +171,22 @@ def content_text(content: object) -> str:
 
 
 def open_calls(messages: Sequence[ModelRequest | ModelResponse]) -> list[ToolCallPart]:
-    """The tool calls of the last response that no request has answered yet."""
-    if not messages or not isinstance(messages[-1], ModelResponse):
+    """The tool calls of the last response that the request after it has not answered (yet)."""
+    last, answer = (
+        messages[-2:] if len(messages) > 1 else (None, messages[-1] if messages else None)
+    )
+    if isinstance(answer, ModelResponse):
+        return answer.tool_calls
+    if not isinstance(last, ModelResponse) or answer is None:
         return []
-    return messages[-1].tool_calls
+    answered = answered_ids(answer)
+    return [call for call in last.tool_calls if call.tool_call_id not in answered]
+
+
+def answered_ids(request: ModelRequest) -> set[str | None]:
+    """The ids of the calls that ``request`` answers."""
+    return {
+        part.tool_call_id
+        for part in request.parts
+        if isinstance(part, ToolReturnPart | RetryPromptPart)
+    }

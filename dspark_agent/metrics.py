@@ -26,7 +26,8 @@ class StepMetrics(BaseModel):
     ``total_s``; ``ttft_s``, from the step's begin to its first new token, is not part of the sum.
     ``tool_s`` is what the step waited for its tools after the model's turn, not what they did
     during it. Models that cannot look inside (a remote one) report prefill as the time to the first
-    token and decode as the rest. ``proposed`` and ``accepted`` count speculated tokens by source.
+    token, decode as the rest, and requests that failed and the pauses after them as queue.
+    ``proposed`` and ``accepted`` count speculated tokens by source.
     """
 
     model_config = ConfigDict(frozen=True)

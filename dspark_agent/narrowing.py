@@ -8,7 +8,7 @@ from typing import Any
 import pydantic_core
 
 from dspark_agent.errors import UserError
-from dspark_agent.output import JsonSchema, moved
+from dspark_agent.json_schema import JsonSchema, moved
 from dspark_agent.tools import ToolDefinition
 
 

@@ -1,58 +1,32 @@
-"""What a step's answer must be: an output type as JSON Schema, and its validation."""
+"""What a step's answer must be: every way in which an output type can be asked for."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import Any, Generic, TypeVar, Union, get_args, get_origin
 
-import jsonschema
 import pydantic_core
-import referencing
-from pydantic import TypeAdapter, ValidationError
-from pydantic.errors import PydanticUserError
 
-from dspark_agent.errors import ModelRetry, SchemaError
-from dspark_agent.function_schema import validation_text, without_titles
+from dspark_agent.calling import call_with_ctx
+from dspark_agent.context import RunContext
+from dspark_agent.deferred import DeferredToolRequests
+from dspark_agent.errors import SchemaError, UserError
+from dspark_agent.output_tool import DEFAULT_NAME, OutputTool, is_function
+from dspark_agent.outputs import (
+    NativeOutput,
+    OutputChoice,
+    PromptedOutput,
+    TextOutput,
+    ToolOutput,
+    is_marker,
+)
+from dspark_agent.typed_output import Partial, TypedOutput, type_name
 
 T = TypeVar("T")
-WRAPPED_KEY = "result"
-"""The only key of the object around an output that is not an object itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class JsonSchema:
-    """A bare JSON Schema as output type: the output is what the JSON says (Any).
-
-    It is validated with jsonschema (the draft that ``$schema`` names; 2020-12 by default).
-
-    Raises:
-        SchemaError: it is not a valid JSON Schema.
-    """
-
-    schema: Mapping[str, Any]
-
-    def __post_init__(self) -> None:
-        try:
-            jsonschema.validators.validator_for(self.schema).check_schema(self.schema)
-        except jsonschema.SchemaError as error:
-            path = "/".join(str(step) for step in error.absolute_path) or "its root"
-            raise SchemaError(f"JsonSchema: {error.message} (at {path})") from error
-        _check_references(self.schema, self.schema)
-
-
-@dataclass(frozen=True, slots=True)
-class Partial:
-    """A typed result that is still being written.
-
-    ``data`` is the JSON so far, ``value`` the output type's reading of it, None while that is
-    not possible (required fields are missing).
-    """
-
-    data: Any
-    value: Any
+_FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 class Output(Generic[T]):
@@ -60,162 +34,161 @@ class Output(Generic[T]):
 
     A union with ``str`` in it (``Plan | str``) means a typed result or plain text.
 
-    ``schema`` is a JSON Schema of type object, or None where only text is asked for; ``allow_text``
-    says whether plain text is an answer.
+    ``schema`` is a JSON Schema of type object that a model is held to, or None; ``allow_text`` says
+    whether the turn may hold plain text; ``tools`` are those whose call answers, by name;
+    ``prompt`` is what the model has to be told about the answer, if anything. ``allow_deferred``
+    says whether the step may pause with :class:`DeferredToolRequests`, which the model is not told
+    about.
+
+    Raises:
+        SchemaError: the output type cannot be asked for.
     """
 
     def __init__(self, output_type: Any) -> None:
-        options = _options(output_type)
-        typed = tuple(option for option in options if option is not str)
-        self.allow_text = len(typed) < len(options)
+        options = _Options(output_type)
+        self.allow_deferred = options.deferred
+        self.tools: Mapping[str, OutputTool] = _tools(options.called)
+        self._text = options.text
+        self._prompted = options.prompted is not None
+        self._typed = TypedOutput(options.types) if options.types else None
+        self.allow_text = self._text is not None or self._prompted
         self.schema: dict[str, Any] | None = None
-        self._wrapped = False
-        self._adapter: TypeAdapter[Any] | None = None
-        self._bare: JsonSchema | None = None
-        if isinstance(output_type, JsonSchema):
-            self._bare = output_type
-            self._set_schema(dict(output_type.schema))
-        elif typed:
-            self._adapter = _adapter(typed)
-            self._set_schema(without_titles(_schema(self._adapter)))
-
-    def _set_schema(self, schema: dict[str, Any]) -> None:
-        self._wrapped = not _describes_object(schema)
-        self.schema = _wrap(schema) if self._wrapped else schema
+        self.prompt: str | None = None
+        if self._typed is not None and options.prompted is not None:
+            schema = json.dumps(self._typed.schema)
+            self.prompt = options.prompted.template.replace("{schema}", schema)
+        elif self._typed is not None:
+            self.schema = self._typed.schema
 
     def validate(self, text: str) -> T:
-        """The model's answer as the output type.
+        """The model's text as the output type.
 
         Raises:
             ModelRetry: with what is wrong, in words for the model.
         """
-        if self.schema is None:
+        if self._is_text(text):
             return text  # type: ignore[return-value]
-        try:
-            data = pydantic_core.from_json(text)
-        except ValueError as error:
-            if self.allow_text:
-                return text  # type: ignore[return-value]
-            raise ModelRetry(f"The answer is not valid JSON: {error}") from None
-        if self.allow_text and not isinstance(data, dict):
-            return text  # type: ignore[return-value]
-        return self._validate_json(data)
+        assert self._typed is not None
+        return self._typed.of_text(_unfenced(text) if self._prompted else text)  # type: ignore[no-any-return]
 
-    def _validate_json(self, data: Any) -> T:
-        if self._wrapped:
-            if not isinstance(data, dict) or WRAPPED_KEY not in data:
-                raise ModelRetry(f'The answer must be {{"{WRAPPED_KEY}": ...}}')
-            data = data[WRAPPED_KEY]
-        if self._bare is not None:
-            found = complaints(self._bare.schema, data)
-            if found:
-                raise ModelRetry("\n".join(found))
-            return data  # type: ignore[no-any-return]
-        assert self._adapter is not None
+    async def read(self, text: str, ctx: RunContext[Any]) -> T:
+        """:meth:`validate`, and what :class:`TextOutput`'s function makes of a plain text."""
+        if isinstance(self._text, TextOutput) and self._is_text(text):
+            value: T = await call_with_ctx(self._text.function, ctx, text)
+            return value
+        return self.validate(text)
+
+    def _is_text(self, text: str) -> bool:
+        if self._typed is None:
+            return True
+        if self._text is None:
+            return False
         try:
-            return self._adapter.validate_json(json.dumps(data))  # type: ignore[no-any-return]
-        except ValidationError as error:
-            raise ModelRetry(validation_text(error)) from None
+            return not isinstance(pydantic_core.from_json(text), dict)
+        except ValueError:
+            return True
+
+    @property
+    def answers_in_writing(self) -> bool:
+        """Whether what the model writes outside of calls can be the answer."""
+        return self._typed is not None or self._text is not None
 
     def partial(self, text: str) -> Partial | None:
-        """Read an answer that is still being written; None before there is anything to read."""
-        if self.schema is None:
+        """Read an answer that is still being written; None before there is anything to read, and
+        for plain text."""
+        if self._typed is None:
             return None
-        try:
-            data = pydantic_core.from_json(text, allow_partial="trailing-strings")
-        except ValueError:
-            return None
-        if self._wrapped:
-            if not isinstance(data, dict) or WRAPPED_KEY not in data:
-                return None
-            data = data[WRAPPED_KEY]
-        if self._adapter is None:
-            return Partial(data, data)
-        try:
-            value = self._adapter.validate_python(
-                data, experimental_allow_partial="trailing-strings"
-            )
-        except ValidationError:
-            value = None
-        return Partial(data, value)
+        return self._typed.partial(_unfenced(text) if self._prompted else text)
 
 
-def _options(output_type: Any) -> tuple[Any, ...]:
-    if get_origin(output_type) in (Union, UnionType):
-        return get_args(output_type)
-    return (output_type,)
+class _Options:
+    """The options of a choice by what they are, however the choice is written."""
 
-
-def _adapter(types: tuple[Any, ...]) -> TypeAdapter[Any]:
-    try:
-        choice: Any = types[0] if len(types) == 1 else Union[types]  # noqa: UP007
-        return TypeAdapter(choice)
-    except PydanticUserError as error:
-        raise SchemaError(f"output_type {types}: {error.message}") from error
-
-
-def _schema(adapter: TypeAdapter[Any]) -> dict[str, Any]:
-    try:
-        return adapter.json_schema()
-    except PydanticUserError as error:
-        raise SchemaError(f"output_type: {error.message}") from error
-
-
-def _describes_object(schema: Mapping[str, Any]) -> bool:
-    reference = schema.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#/$defs/"):
-        return _describes_object(schema.get("$defs", {}).get(reference[len("#/$defs/") :], {}))
-    return schema.get("type") == "object"
-
-
-def _wrap(schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": {WRAPPED_KEY: moved(schema, f"#/properties/{WRAPPED_KEY}")},
-        "required": [WRAPPED_KEY],
-        "additionalProperties": False,
-    }
-
-
-def moved(schema: Any, pointer: str) -> Any:
-    """``schema`` with its references (JSON pointers) leading below ``pointer``."""
-    if isinstance(schema, list):
-        return [moved(item, pointer) for item in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    result = {key: moved(value, pointer) for key, value in schema.items()}
-    if isinstance(schema.get("$ref"), str):
-        result["$ref"] = pointer + schema["$ref"].removeprefix("#")
-    return result
-
-
-def _check_references(schema: Any, root: Mapping[str, Any]) -> None:
-    """Raise :class:`SchemaError` for a reference that does not lead to a place in ``root``."""
-    if isinstance(schema, list):
-        for item in schema:
-            _check_references(item, root)
-    if not isinstance(schema, Mapping):
-        return
-    reference = schema.get("$ref")
-    if isinstance(reference, str):
-        node: Any = root
-        for step in reference.split("/")[1:]:
-            node = node.get(step) if isinstance(node, Mapping) else None
-        if not reference.startswith("#") or node is None:
+    def __init__(self, output_type: Any) -> None:
+        self.text: type[str] | TextOutput[Any] | None = None
+        self.types: list[Any] = []
+        self.called: list[ToolOutput[Any]] = []
+        self.prompted: PromptedOutput[Any] | None = None
+        every = _flat(output_type)
+        options = [option for option in every if option is not DeferredToolRequests]
+        self.deferred = len(options) < len(every)
+        if not options:
             raise SchemaError(
-                f"JsonSchema: $ref {reference!r} leads to no place in the schema; write it as "
-                "'#/$defs/...'"
+                "output_type=DeferredToolRequests is how a run pauses; say how it ends too, as in "
+                "output_type=str | DeferredToolRequests"
             )
-    for value in schema.values():
-        _check_references(value, root)
+        for option in options:
+            self._take(option)
+        if self.prompted is not None:
+            if len(options) > 1:
+                raise SchemaError(
+                    "PromptedOutput stands alone; put the choice into it: PromptedOutput([A, B])"
+                )
+            self.types = _only_types(self.prompted)
+
+    def _take(self, option: Any) -> None:
+        if option is str or isinstance(option, TextOutput):
+            if self.text is not None:
+                raise SchemaError(
+                    "output_type: two options are plain text; nothing tells which is meant"
+                )
+            self.text = option
+        elif isinstance(option, ToolOutput):
+            self.called.append(option)
+        elif is_function(option):
+            self.called.append(ToolOutput(option))
+        elif isinstance(option, PromptedOutput):
+            self.prompted = option
+        else:
+            self.types.append(option)
 
 
-def complaints(schema: Mapping[str, Any], value: Any) -> list[str]:
-    """What jsonschema finds wrong with ``value``: ``path: what``, in the order of the paths.
+def _flat(output_type: Any) -> list[Any]:
+    if isinstance(output_type, OutputChoice):
+        return [leaf for option in output_type.options for leaf in _flat(option)]
+    if isinstance(output_type, list | tuple):
+        if not output_type:
+            raise SchemaError("output_type: an empty list leaves nothing to answer with")
+        return [leaf for option in output_type for leaf in _flat(option)]
+    if isinstance(output_type, NativeOutput):
+        return _only_types(output_type)
+    if get_origin(output_type) in (Union, UnionType):
+        return list(get_args(output_type))
+    return [output_type]
 
-    References are looked up in ``schema`` only, never fetched.
-    """
-    checker = jsonschema.validators.validator_for(schema)
-    validator = checker(schema, registry=referencing.Registry())
-    errors = sorted(validator.iter_errors(value), key=lambda error: error.json_path)
-    return [f"{error.json_path}: {error.message}" for error in errors]
+
+def _only_types(marker: NativeOutput[Any] | PromptedOutput[Any]) -> list[Any]:
+    """The types in a marker that holds nothing else."""
+    kind = type(marker).__name__
+    options = _flat(marker.outputs)
+    for option in options:
+        pauses = option is DeferredToolRequests
+        if option is str or pauses or is_function(option) or is_marker(option):
+            raise SchemaError(
+                f"{kind}: {type_name(option)} is no type that JSON is asked for; put it beside: "
+                f"{kind}(A) | {type_name(option)}"
+            )
+    return options
+
+
+def _tools(called: Sequence[ToolOutput[Any]]) -> dict[str, OutputTool]:
+    unnamed = [m for m in called if m.name is None and not is_function(m.output)]
+    tools: dict[str, OutputTool] = {}
+    for marker in called:
+        name = DEFAULT_NAME
+        if len(unnamed) > 1:
+            name = re.sub(r"\W+", "_", f"{DEFAULT_NAME}_{type_name(marker.output)}").strip("_")
+        tool = OutputTool(marker, default_name=name)
+        if tool.name in tools:
+            raise UserError(
+                f"output_type: two output tools are called {tool.name!r}; give one another name: "
+                "ToolOutput(..., name='...')"
+            )
+        tools[tool.name] = tool
+    return tools
+
+
+def _unfenced(text: str) -> str:
+    """The inside of a Markdown fence (closed or not yet), where the answer stands in one."""
+    fenced = None if text.lstrip().startswith("{") else _FENCE.search(text)
+    return text if fenced is None else fenced[1]

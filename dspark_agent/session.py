@@ -11,13 +11,16 @@ from typing_extensions import TypeVar
 from dspark_agent.context import DepsT
 from dspark_agent.conversation import Conversation
 from dspark_agent.core import Core
+from dspark_agent.deferred import DeferredToolResults
+from dspark_agent.events import ContextCompacted
 from dspark_agent.history import History
 from dspark_agent.limits import RunUsage, UsageLimits
 from dspark_agent.messages import ModelRequest, ModelResponse
-from dspark_agent.output import JsonSchema
+from dspark_agent.outputs import OutputForm
 from dspark_agent.run import AgentRun, RunResult
 from dspark_agent.settings import ModelSettings
 from dspark_agent.step import UNSET, StepResult
+from dspark_agent.trace import StepTrace
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
@@ -32,6 +35,7 @@ class SessionMark:
 
     conversation: Conversation
     model_mark: object
+    epoch: int
 
 
 class Session(Generic[DepsT, OutT]):
@@ -63,6 +67,11 @@ class Session(Generic[DepsT, OutT]):
         return tuple(self._core.conversation.steps)
 
     @property
+    def compactions(self) -> tuple[ContextCompacted, ...]:
+        """Every time the conversation was shortened; see :class:`Compaction`."""
+        return tuple(self._core.conversation.compactions)
+
+    @property
     def history(self) -> History:
         """The conversation as a value that serialises, to go on from later."""
         return self._core.history()
@@ -80,6 +89,7 @@ class Session(Generic[DepsT, OutT]):
         settings: ModelSettings | None = None,
         limits: UsageLimits | None = None,
         retries: int | None = None,
+        deferred_tool_results: DeferredToolResults | None = None,
     ) -> StepResult[OutT]: ...
     @overload
     async def step(
@@ -93,20 +103,22 @@ class Session(Generic[DepsT, OutT]):
         settings: ModelSettings | None = None,
         limits: UsageLimits | None = None,
         retries: int | None = None,
+        deferred_tool_results: DeferredToolResults | None = None,
     ) -> StepResult[T]: ...
     @overload
     async def step(
         self,
         prompt: str | None = None,
         *,
-        output_type: JsonSchema,
+        output_type: OutputForm[T],
         tools: Sequence[str] | None = None,
         tool_choice: str | None = None,
         args: Mapping[str, Any] | None = None,
         settings: ModelSettings | None = None,
         limits: UsageLimits | None = None,
         retries: int | None = None,
-    ) -> StepResult[Any]: ...
+        deferred_tool_results: DeferredToolResults | None = None,
+    ) -> StepResult[T]: ...
     async def step(
         self,
         prompt: str | None = None,
@@ -118,6 +130,7 @@ class Session(Generic[DepsT, OutT]):
         settings: ModelSettings | None = None,
         limits: UsageLimits | None = None,
         retries: int | None = None,
+        deferred_tool_results: DeferredToolResults | None = None,
     ) -> StepResult[Any]:
         """One model turn, and the tool calls it made.
 
@@ -139,6 +152,8 @@ class Session(Generic[DepsT, OutT]):
             settings: over those of session, agent and model.
             limits: for this step alone, within the session's.
             retries: how often a refused output is asked for again; None takes the agent's.
+            deferred_tool_results: decisions about the calls that the step before left waiting.
+                The calls' results stand even where this step fails.
 
         Raises:
             OutputError: the output was refused more often than ``retries``.
@@ -155,16 +170,26 @@ class Session(Generic[DepsT, OutT]):
             retries=retries,
         )
         with core.work(limits) as work:
-            async with core.whole_or_not_at_all():
+            settled: StepTrace | None = None
+            if deferred_tool_results is not None:
+                settled = await core.settle(deferred_tool_results, work)
+
+            async def turns() -> StepResult[Any]:
                 await core.ask(prompt, work)
-                attempt = 1
-                while (result := await core.take(plan, work, attempt)).retry_reason is not None:
-                    attempt += 1
-        return result
+                result = await core.take(plan, work, 1, settled)
+                while result.retry_reason is not None:
+                    result = await core.take(plan, work, result.attempts + 1)
+                return result
+
+            return await core.committed(work, turns)
 
     @overload
     async def run(
-        self, prompt: str | None = None, *, limits: UsageLimits | None = None
+        self,
+        prompt: str | None = None,
+        *,
+        limits: UsageLimits | None = None,
+        deferred_tool_results: DeferredToolResults | None = None,
     ) -> RunResult[OutT]: ...
     @overload
     async def run(
@@ -173,53 +198,62 @@ class Session(Generic[DepsT, OutT]):
         *,
         output_type: TypeForm[T],
         limits: UsageLimits | None = None,
+        deferred_tool_results: DeferredToolResults | None = None,
     ) -> RunResult[T]: ...
     @overload
     async def run(
         self,
         prompt: str | None = None,
         *,
-        output_type: JsonSchema,
+        output_type: OutputForm[T],
         limits: UsageLimits | None = None,
-    ) -> RunResult[Any]: ...
+        deferred_tool_results: DeferredToolResults | None = None,
+    ) -> RunResult[T]: ...
     async def run(
         self,
         prompt: str | None = None,
         *,
         output_type: Any = UNSET,
         limits: UsageLimits | None = None,
+        deferred_tool_results: DeferredToolResults | None = None,
     ) -> RunResult[Any]:
         """Steps with all the agent's tools until one gives the output.
 
         ``limits`` count for this run, within the session's; the agent's by default. A failing
-        step is undone, the steps before it stand.
+        step is undone, the steps before it stand. ``deferred_tool_results`` as in :meth:`step`.
 
         Raises:
             DSparkError: as :meth:`step`.
         """
         limits = limits or self._core.declaration.limits or UsageLimits()
-        with self._core.work(limits) as work:
-            run: AgentRun[DepsT, Any] = AgentRun(self._core, work, prompt, output_type)
+        with self._core.work(limits) as work, self._core.watch.run() as trace:
+            run: AgentRun[DepsT, Any] = AgentRun(
+                self._core, work, prompt, output_type, deferred_tool_results
+            )
             async for _ in run:
                 pass
+            trace.usage = run.result.usage
         return run.result
 
     # -- copies --------------------------------------------------------------------------------
 
     def mark(self) -> SessionMark:
         """Where the session stands, to :meth:`rollback` to."""
-        return SessionMark(self._core.conversation.copy(), self._core.model_session.mark())
+        core = self._core
+        return SessionMark(core.conversation.copy(), core.model_session.mark(), core.epoch)
 
     async def rollback(self, mark: SessionMark) -> None:
         """Forget everything since ``mark`` (what tools did outside stays done)."""
-        await self._core.rollback(mark.conversation, mark.model_mark)
+        await self._core.rollback(mark.conversation, mark.model_mark, mark.epoch)
 
-    async def fork(self) -> Session[DepsT, OutT]:
+    async def fork(self, *, shares_limits: bool = False) -> Session[DepsT, OutT]:
         """An independent session that starts with all that was said in this one.
 
         On the embedded model it shares this one's KV. Close it, or use it with ``async with``.
+        With ``shares_limits`` what it uses counts in this session's ``usage`` too, and this
+        session's limits and deadline hold for it; without, the limits begin anew.
         """
-        return Session(await self._core.fork(), self._history)
+        return Session(await self._core.fork(shares_limits=shares_limits), self._history)
 
     async def close(self) -> None:
         """Free what the session holds in the model. Idempotent."""

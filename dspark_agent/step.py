@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import Any, Final, Generic
 
@@ -16,6 +16,7 @@ from dspark_agent.models.base import ModelTurn
 from dspark_agent.output import Output
 from dspark_agent.settings import ModelSettings
 from dspark_agent.tools import ToolDefinition
+from dspark_agent.trace import StepTrace
 
 OutT_co = TypeVar("OutT_co", default=str, covariant=True)
 
@@ -31,6 +32,8 @@ class StepKind(StrEnum):
 
 OutputValidator = Callable[..., Any]
 """``(output)`` or ``(ctx, output)``, sync or async; gives back the output or raises ModelRetry."""
+OutputGuard = Callable[..., Any]
+"""``(output)`` or ``(ctx, output)``, sync or async; gives None, or why the run has to stop."""
 
 
 class Unset(Enum):
@@ -49,7 +52,7 @@ class StepPlan:
 
     ``tools`` are a choice of the agent's; ``tool_choice`` is ``auto``, ``required``, ``none`` or
     the name of one; ``retries`` is how often a refused output is asked for again; ``validators``
-    look at the output after its type has.
+    look at the output after its type has, ``guards`` after them.
     """
 
     output: Output[Any]
@@ -58,6 +61,7 @@ class StepPlan:
     settings: ModelSettings
     retries: int
     validators: tuple[OutputValidator, ...] = ()
+    guards: tuple[OutputGuard, ...] = ()
 
     @property
     def needs_call(self) -> bool:
@@ -67,21 +71,26 @@ class StepPlan:
     @property
     def turn(self) -> ModelTurn:
         """What the model is told that it may emit."""
+        finals = {} if self.needs_call else self.output.tools
+        choice = self.tool_choice if self.tools else "none"
+        if finals:
+            choice = "auto" if self.output.answers_in_writing else "required"
         return ModelTurn(
-            tools=self.tools,
-            tool_choice=self.tool_choice if self.tools else "none",
+            tools=(*self.tools, *(tool.definition for tool in finals.values())),
+            tool_choice=choice,
             output_schema=None if self.needs_call else self.output.schema,
             allow_text=self.output.allow_text and not self.needs_call,
             settings=self.settings,
+            output_tools=tuple(finals),
         )
 
     @property
     def kind(self) -> StepKind:
         if self.needs_call:
             return StepKind.TOOL_CALL
-        if self.tools:
+        if self.tools or (self.output.tools and self.output.answers_in_writing):
             return StepKind.MIXED
-        if self.output.schema is None:
+        if self.output.schema is None and not self.output.tools:
             return StepKind.TEXT
         return StepKind.MIXED if self.output.allow_text else StepKind.TYPED_RESULT
 
@@ -91,7 +100,9 @@ class StepResult(Generic[OutT_co]):
     """What one step did.
 
     ``tool_results`` are in the order of the calls. ``retry_reason`` is why the step is taken
-    again, None where it stands. ``attempts`` counts the model turns it took, from 1.
+    again, None where it stands. ``attempts`` counts the model turns it took, from 1. ``trace``
+    says when everything happened, ``settled_trace`` when the calls were run that had waited for
+    approval before the step, if any; ``metrics`` counts both.
     """
 
     index: int
@@ -102,6 +113,8 @@ class StepResult(Generic[OutT_co]):
     attempts: int = 1
     retry_reason: str | None = None
     value: OutT_co | Unset = UNSET
+    trace: StepTrace | None = field(default=None, repr=False, compare=False)
+    settled_trace: StepTrace | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_final(self) -> bool:

@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Generic, Self
 
 import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream
 from typing_extensions import TypeVar
 
-from dspark_agent.events import AgentEvent, PartialOutput, TextDelta
+from dspark_agent.events import AgentEvent, PartialOutput, StepEnd, TextDelta
+from dspark_agent.history import History
 from dspark_agent.relay import EventHandler
+from dspark_agent.run import AgentRun, RunResult
 
-ResultT = TypeVar("ResultT")
+OutT = TypeVar("OutT", default=str)
 ReadingT = TypeVar("ReadingT")
+Start = Callable[[EventHandler], AbstractAsyncContextManager[AgentRun[Any, OutT]]]
+"""Makes a run that tells a handler of its events."""
 
 
-class EventStream(AsyncIterator[AgentEvent], Generic[ResultT]):
-    """The events of work that goes on in the background, and then its result.
+class EventStream(AsyncIterator[AgentEvent], Generic[OutT]):
+    """The events of a run that goes on in the background, and then its result.
 
-    Iterate it for the events; when they end, :meth:`result` has what the work came to. An error
-    of the work is raised where the iteration (or the result) would have gone on.
+    Iterate it for the events: they end when the run does, not before (text is no sign that no
+    tool call follows). When they end, :meth:`result` has what it came to. An error of the
+    run is raised where the iteration (or the result) would have gone on.
+
+    Leaving the ``async with`` early stops the model and the tools at once. The step in flight is
+    undone; the steps whose StepEnd was sent stand, in :attr:`history`.
     """
 
     def __init__(self, events: MemoryObjectReceiveStream[AgentEvent]) -> None:
         self._events = events
-        self._results: list[ResultT] = []
+        self._run: AgentRun[Any, OutT] | None = None
+        self._results: list[RunResult[OutT]] = []
         self._failure: Exception | None = None
 
     def __aiter__(self) -> Self:
@@ -57,27 +66,45 @@ class EventStream(AsyncIterator[AgentEvent], Generic[ResultT]):
         return _Readings(self, read)
 
     def stream_output(self) -> AsyncIterator[Any]:
-        """The typed result each time it grows: the output type's reading where there is one yet
-        (required fields may be missing), else its JSON."""
+        """The output each time it grows, and whole at the end.
+
+        While it grows: the output type's reading (pydantic's partial mode) where there is one,
+        else its JSON. Last comes the output itself, as its function and the output validators made
+        it, unless it is what was seen last; plain text comes at the end only (see
+        :meth:`stream_text`).
+        """
+        last: Any = None
 
         def read(event: AgentEvent) -> Any:
-            if not isinstance(event, PartialOutput):
-                return None
-            return event.data if event.value is None else event.value
+            nonlocal last
+            reading = None
+            if isinstance(event, PartialOutput):
+                reading = event.data if event.value is None else event.value
+            elif isinstance(event, StepEnd) and event.result.is_final:
+                output = event.result.output
+                reading = None if output == last else output
+            last = last if reading is None else reading
+            return reading
 
         return _Readings(self, read)
 
-    async def result(self) -> ResultT:
-        """What the work came to; waits for it, passing over events nobody has read."""
+    @property
+    def history(self) -> History:
+        """The conversation of the steps that were done, to go on from; also after leaving early."""
+        return History() if self._run is None else self._run.history
+
+    async def result(self) -> RunResult[OutT]:
+        """What the run came to; waits for it, passing over events nobody has read."""
         async for _ in self:
             pass
         return self._results[0]
 
-    async def _work(
-        self, work: Callable[[EventHandler], Coroutine[Any, Any, ResultT]], handler: EventHandler
-    ) -> None:
+    async def _work(self, start: Start[OutT], handler: EventHandler) -> None:
         try:
-            self._results.append(await work(handler))
+            async with start(handler) as self._run:
+                async for _ in self._run:
+                    pass
+                self._results.append(self._run.result)
         except Exception as error:
             self._failure = error
 
@@ -103,17 +130,17 @@ class _Readings(AsyncIterator[ReadingT]):
 
 @asynccontextmanager
 async def streamed(
-    work: Callable[[EventHandler], Coroutine[Any, Any, ResultT]],
-) -> AsyncIterator[EventStream[ResultT]]:
-    """Start ``work`` with an event handler and give its events; leaving early cancels it."""
+    start: Start[OutT],
+) -> AsyncIterator[EventStream[OutT]]:
+    """Drive the run that ``start`` makes with an event handler; leaving early cancels it."""
     # Unbounded: what a model writes is small, and a reader that pauses must not stall the engine.
     send, receive = anyio.create_memory_object_stream[AgentEvent](math.inf)
-    stream = EventStream[ResultT](receive)
+    stream = EventStream[OutT](receive)
     failure: Exception | None = None
 
     async def drive() -> None:
         with send:
-            await stream._work(work, send.send)
+            await stream._work(start, send.send)
 
     async with anyio.create_task_group() as group:
         group.start_soon(drive)

@@ -14,6 +14,10 @@ import anyio.to_thread
 from dspark_agent.context import DepsT_contra, RunContext
 from dspark_agent.errors import UserError
 from dspark_agent.function_schema import FunctionSchema, function_schema
+from dspark_agent.given_schema import given_schema
+
+ApprovalRule = bool | Callable[..., bool | Awaitable[bool]]
+"""Whether calls of a tool need approval: all, none, or those that ``(ctx, args)`` says."""
 
 RESERVED_NAMES = frozenset({"auto", "required", "none"})
 """Values of ``tool_choice``, which no tool may be called."""
@@ -37,9 +41,14 @@ class Tool(Generic[DepsT_contra]):
         name: what the model calls it; the function's own name by default.
         description: the docstring's text by default.
         takes_ctx: whether the first parameter is the context; None looks at its annotation.
+        parameters: a JSON Schema of type object in place of the signature's: the function takes
+            what fits it as keywords. ``name`` and ``description`` are then given, too.
         retries: how often in a row it may ask for a retry; None takes the agent's.
         timeout: seconds one call may take; None takes the agent's ``tool_timeout``.
         sequential: never run at the same time as another call of the same step.
+        requires_approval: whether a call waits for approval before it is run; a function,
+            ``(ctx, args)``, sync or async, decides for each call, from its validated arguments.
+        idempotent: running a call twice is as good as once; see the guide on durable runs.
 
     Raises:
         SchemaError: the signature cannot be described to a model.
@@ -52,13 +61,20 @@ class Tool(Generic[DepsT_contra]):
         name: str | None = None,
         description: str | None = None,
         takes_ctx: bool | None = None,
+        parameters: Mapping[str, Any] | None = None,
         retries: int | None = None,
         timeout: float | None = None,
         sequential: bool = False,
+        requires_approval: ApprovalRule = False,
+        idempotent: bool = False,
     ) -> None:
         self.function = function
-        self.schema: FunctionSchema = function_schema(
-            function, name=name, description=description, takes_ctx=takes_ctx
+        self.schema: FunctionSchema = (
+            function_schema(function, name=name, description=description, takes_ctx=takes_ctx)
+            if parameters is None
+            else given_schema(
+                parameters, name=name, description=description or "", takes_ctx=bool(takes_ctx)
+            )
         )
         self.name = self.schema.name
         if self.name in RESERVED_NAMES:
@@ -66,6 +82,8 @@ class Tool(Generic[DepsT_contra]):
         self.retries = retries
         self.timeout = timeout
         self.sequential = sequential
+        self.requires_approval = requires_approval
+        self.idempotent = idempotent
         functools.update_wrapper(self, function, updated=())
 
     def __repr__(self) -> str:
@@ -86,6 +104,16 @@ class Tool(Generic[DepsT_contra]):
         tool.timeout = timeout if self.timeout is None else self.timeout
         tool.retries = retries if self.retries is None else self.retries
         return tool
+
+    async def needs_approval(
+        self, ctx: RunContext[DepsT_contra], arguments: Mapping[str, Any]
+    ) -> bool:
+        """Whether this call, with validated ``arguments``, waits for approval."""
+        rule = self.requires_approval
+        if isinstance(rule, bool):
+            return rule
+        answer = rule(ctx, arguments)
+        return bool(await answer if inspect.isawaitable(answer) else answer)
 
     async def run(self, ctx: RunContext[DepsT_contra], arguments: Mapping[str, Any]) -> Any:
         """Call the function with validated ``arguments``; in a worker thread if it is sync.
@@ -121,6 +149,8 @@ def tool(
     retries: int | None = None,
     timeout: float | None = None,
     sequential: bool = False,
+    requires_approval: ApprovalRule = False,
+    idempotent: bool = False,
 ) -> Callable[[Callable[..., Any]], Tool[Any]]: ...
 def tool(
     function: Callable[..., Any] | None = None,
@@ -131,6 +161,8 @@ def tool(
     retries: int | None = None,
     timeout: float | None = None,
     sequential: bool = False,
+    requires_approval: ApprovalRule = False,
+    idempotent: bool = False,
 ) -> Tool[Any] | Callable[[Callable[..., Any]], Tool[Any]]:
     """Decorator: a function as a :class:`Tool` that several agents can use.
 
@@ -148,6 +180,8 @@ def tool(
             retries=retries,
             timeout=timeout,
             sequential=sequential,
+            requires_approval=requires_approval,
+            idempotent=idempotent,
         )
 
     return decorate if function is None else decorate(function)

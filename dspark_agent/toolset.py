@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from dspark_agent.context import DepsT, DepsT_contra, RunContext
 from dspark_agent.errors import UserError
-from dspark_agent.tools import Tool
+from dspark_agent.tools import ApprovalRule, Tool
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -23,6 +23,8 @@ class ToolOptions(TypedDict, total=False):
     retries: int
     timeout: float
     sequential: bool
+    requires_approval: ApprovalRule
+    idempotent: bool
 
 
 class ToolDecorator(Protocol):

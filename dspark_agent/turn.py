@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic
 
 import anyio
 
-from dspark_agent import budget
+from dspark_agent import budget, hooks
+from dspark_agent.answer import Answer, AnswerCheck, too_early
 from dspark_agent.budget import Budget
 from dspark_agent.context import DepsT, RunContext
 from dspark_agent.conversation import Conversation
+from dspark_agent.deferred import AwaitsApproval, DeferredToolRequests
 from dspark_agent.early_calls import EarlyCalls, early_calls
-from dspark_agent.errors import ModelRetry, OutputError
+from dspark_agent.errors import ContextLengthError, UserError
 from dspark_agent.events import StepEnd, StepStart, ToolResult
-from dspark_agent.execution import ToolPart, ToolRunner
+from dspark_agent.execution import CallOutcome, ToolPart, ToolRunner
+from dspark_agent.hooks import Hooks
+from dspark_agent.journal.record import RunRecord
+from dspark_agent.journal.session import RecordedSession
 from dspark_agent.limits import RunUsage
-from dspark_agent.messages import FinishReason, ModelResponse, RetryPromptPart
+from dspark_agent.messages import ModelResponse, RetryPromptPart
+from dspark_agent.metrics import StepMetrics
 from dspark_agent.models.base import ModelEvent, ModelSession, ModelTurn
+from dspark_agent.observer import Watch
 from dspark_agent.relay import EventHandler, EventRelay
 from dspark_agent.settings import ModelSettings, merge_settings
-from dspark_agent.step import UNSET, StepPlan, StepResult, Unset
+from dspark_agent.step import UNSET, StepPlan, StepResult
+from dspark_agent.trace import StepTrace
 from dspark_agent.urgency import standing, waited_for
 
 
@@ -37,6 +44,9 @@ class TurnTaker(Generic[DepsT]):
     runner: ToolRunner[DepsT]
     handler: EventHandler | None
     usage: RunUsage
+    watch: Watch
+    hooks: tuple[Hooks[DepsT], ...] = ()
+    record: RunRecord | None = None
 
     async def take(
         self,
@@ -46,51 +56,76 @@ class TurnTaker(Generic[DepsT]):
         ctx: RunContext[DepsT],
         budgets: Sequence[Budget],
         attempt: int,
+        settled: StepTrace | None = None,
     ) -> StepResult[Any]:
         """Let the model write once, run its calls or check its output, and record the step.
 
         ``attempt`` counts from 1. The result's ``retry_reason`` is set where the step should be
-        taken again; the reason is then part of the conversation.
+        taken again; the reason is then part of the conversation. ``settled`` is the trace of
+        calls of the step before this one, which had waited for approval.
 
         Raises:
+            UserError: a tool needs approval, and the step's output has no place for the request.
             UsageLimitExceeded: before the model is asked, or before its tools are run.
             OutputError: the output was refused ``plan.retries`` times already.
             ToolRetriesExceeded: a tool was.
+            GuardrailTripped: an output guard stopped the run.
         """
-        began = time.perf_counter()
-        index = len(conversation.steps)
-        relay = EventRelay(self.handler, index, plan.output)
-        budget.check_request(budgets, self.usage)
-        turn = self._turn(conversation, plan, budgets)
+        with self.watch.step(len(conversation.steps), plan.kind, attempt) as trace:
+            return await self._take(conversation, plan, ctx, budgets, trace, settled)
+
+    async def _take(
+        self,
+        conversation: Conversation,
+        plan: StepPlan,
+        ctx: RunContext[DepsT],
+        budgets: Sequence[Budget],
+        trace: StepTrace,
+        settled: StepTrace | None,
+    ) -> StepResult[Any]:
+        index, attempt = trace.index, trace.attempt
+        relay = EventRelay(self.handler, index, plan.output, trace)
+        budget.check_request(budgets)
+        self._check_can_pause(plan)
+        self.usage.count_request()
+        turn = await hooks.before_model(self.hooks, ctx, self._turn(conversation, plan, budgets))
         await relay.send(StepStart(index, plan.kind, attempt))
-        value: Any = UNSET
-        reason: str | None = None
-        tool_s = 0.0
+        trace.is_replayed = isinstance(self.model, RecordedSession) and self.model.is_recorded
         with waited_for(standing(turn.urgency, _seconds(turn.deadline_s))):
-            response, parts, tool_s = await self._write_and_call(
-                conversation, plan, turn, ctx, budgets, relay
+            answer, parts, tool_s = await self._write_and_call(
+                conversation, plan, turn, ctx, budgets, relay, trace
             )
-            if response.tool_calls:
-                reason = _refusal(parts)
-                conversation.ask(*parts)
-            else:
-                ctx = replace(ctx, messages=tuple(conversation.messages))
-                value, reason = await self._check_output(response, plan, ctx, attempt)
-                if reason is not None:
-                    conversation.ask(RetryPromptPart(content=reason))
+        response = trace.response
+        assert response is not None
+        trace.metrics = response.metrics.closed(
+            total_s=time.perf_counter() - trace.began, tool_s=tool_s
+        )
+        trace.retry_reason = answer.reason
         result: StepResult[Any] = StepResult(
             index=index,
             kind=plan.kind,
             response=response,
             tool_results=tuple(parts),
-            metrics=response.metrics.closed(total_s=time.perf_counter() - began, tool_s=tool_s),
+            metrics=_with_settled(trace.metrics, settled),
             attempts=attempt,
-            retry_reason=reason,
-            value=value,
+            retry_reason=answer.reason,
+            value=answer.value,
+            trace=trace,
+            settled_trace=settled,
         )
+        if self.record is not None:
+            result = await self.record.step_ends(result, answer.told)
         conversation.steps.append(result)
         await relay.send(StepEnd(index, result))
         return result
+
+    def _check_can_pause(self, plan: StepPlan) -> None:
+        """Find a pause that the output type has no place for before anything is asked or run."""
+        if plan.output.allow_deferred:
+            return
+        for tool in plan.tools:
+            if self.runner.tools[tool.name].requires_approval is True:
+                raise _cannot_pause(tool.name)
 
     def _turn(
         self, conversation: Conversation, plan: StepPlan, budgets: Sequence[Budget]
@@ -100,7 +135,7 @@ class TurnTaker(Generic[DepsT]):
         if plan.needs_call and not tools:
             tools = plan.tools  # the step's only way on stays open
         settings = _settings(conversation, plan.settings)
-        limit = budget.output_tokens_left(budgets, self.usage)
+        limit = budget.output_tokens_left(budgets)
         if limit is not None:
             settings["max_tokens"] = min(limit, settings.get("max_tokens", limit))
         wanted = standing(settings.get("urgency"), budget.deadline(budgets) - anyio.current_time())
@@ -119,102 +154,165 @@ class TurnTaker(Generic[DepsT]):
         ctx: RunContext[DepsT],
         budgets: Sequence[Budget],
         relay: EventRelay,
-    ) -> tuple[ModelResponse, list[ToolPart], float]:
-        """The model's turn and its calls' results, and how long those were waited for after it.
+        trace: StepTrace,
+    ) -> tuple[Answer, list[ToolPart], float]:
+        """The model's turn, what it came to, its calls' results, and how long those were waited
+        for after it.
 
-        Calls start while the turn is written, unless their number is limited: then they start
-        when it is known that all of them may.
+        Calls start while the turn is written, but for those of a run that is recorded, which the
+        journal sees first, and those whose number is limited: they start when it is known that all
+        of them may.
         """
+        attempt = trace.attempt
         async with early_calls(
             self.runner,
             offered={tool.name: tool for tool in turn.tools},
             ctx=replace(ctx, messages=tuple(conversation.messages)),
             count=conversation.retries,
-            allowed=not budget.limits_tool_calls(budgets),
+            watch=partial(self.watch.tool, trace),
+            allowed=self.record is None and not budget.limits_tool_calls(budgets),
         ) as early:
-
-            async def on_model(event: ModelEvent) -> None:
-                early.hear(event)
-                await relay.on_model(event)
-
-            response = await self.model.step(conversation.unsent, turn, on_model)
-            conversation.heard(response)
-            self.usage.add_turn(response.usage)
-            ended = time.perf_counter()
-            if not response.tool_calls:
-                return response, [], 0.0
+            response = await self._written(conversation, turn, early, relay, trace)
             ctx = replace(ctx, messages=tuple(conversation.messages))
-            parts = await self._run_calls(
-                conversation, response, plan, turn, ctx, budgets, relay, early
-            )
-            return response, parts, time.perf_counter() - ended
+            await hooks.after_model(self.hooks, ctx, response)
+            ctx = replace(ctx, retry=attempt - 1)
+            check = AnswerCheck(plan, ctx, attempt, self._known_refusal(relay.step))
+            if response.tool_calls:
+                began = time.perf_counter()
+                answer, parts = await self._take_calls(
+                    conversation, turn, check, budgets, relay, early, trace
+                )
+                return answer, parts, time.perf_counter() - began
+        answer = await check.written(response)
+        if answer.reason is not None:
+            conversation.ask(RetryPromptPart(content=answer.reason))
+        return answer, [], 0.0
 
-    async def _run_calls(
+    async def _written(
         self,
         conversation: Conversation,
-        response: ModelResponse,
-        plan: StepPlan,
         turn: ModelTurn,
-        ctx: RunContext[DepsT],
+        early: EarlyCalls,
+        relay: EventRelay,
+        trace: StepTrace,
+    ) -> ModelResponse:
+        """The model's turn, added to the conversation and counted."""
+
+        async def on_model(event: ModelEvent) -> None:
+            early.hear(event)
+            await relay.on_model(event)
+
+        with self.watch.turn(trace, conversation.unsent, turn):
+            try:
+                response = await self.model.step(conversation.unsent, turn, on_model)
+            except ContextLengthError:
+                self.usage.uncount_request()
+                raise
+            trace.response, trace.model_ended = response, time.perf_counter()
+        conversation.heard(response)
+        self.usage.count_tokens(response.usage)
+        return response
+
+    async def _take_calls(
+        self,
+        conversation: Conversation,
+        turn: ModelTurn,
+        check: AnswerCheck,
         budgets: Sequence[Budget],
         relay: EventRelay,
         early: EarlyCalls,
-    ) -> list[ToolPart]:
+        trace: StepTrace,
+    ) -> tuple[Answer, list[ToolPart]]:
+        """Run the calls, then read the answer in those of output tools. One part each, in order,
+        but for those that wait for approval.
+
+        A call of a tool beside the answer is run as any other: what a model does is never dropped.
+        """
+        response = trace.response
+        assert response is not None
         calls = response.tool_calls
-        budget.check_tool_calls(budgets, self.usage, len(calls))
+        finals = [i for i, call in enumerate(calls) if call.tool_name in turn.output_tools]
+        tools = [i for i in range(len(calls)) if i not in finals]
+        outcomes: dict[int, CallOutcome] = {}
+        answer = Answer()
+        if tools:
+            run = await self._run_tools(
+                conversation, tools, turn, check, budgets, relay, early, trace
+            )
+            outcomes.update(zip(tools, run, strict=True))
+            waiting = [outcome for outcome in run if isinstance(outcome, AwaitsApproval)]
+            answer = (
+                Answer(_pause(check.plan, waiting)) if waiting else Answer(reason=_refusal(run))
+            )
+        if finals:
+            began = time.perf_counter()
+            called = [calls[i] for i in finals]
+            if answer.value is UNSET:
+                answer = await check.called(response, called)
+            else:
+                answer = replace(answer, told=too_early(called))
+            for index, part in zip(finals, answer.told, strict=True):
+                outcomes[index] = part
+                await relay.send(ToolResult(relay.step, index, part, time.perf_counter() - began))
+        ordered = [outcomes[index] for index in range(len(calls))]
+        parts = [outcome for outcome in ordered if not isinstance(outcome, AwaitsApproval)]
+        if parts:
+            conversation.ask(*parts)
+        return answer, parts
+
+    async def _run_tools(
+        self,
+        conversation: Conversation,
+        places: Sequence[int],
+        turn: ModelTurn,
+        check: AnswerCheck,
+        budgets: Sequence[Budget],
+        relay: EventRelay,
+        early: EarlyCalls,
+        trace: StepTrace,
+    ) -> list[CallOutcome]:
+        assert trace.response is not None
+        calls = [trace.response.tool_calls[place] for place in places]
+        budget.check_tool_calls(budgets, len(calls))
+        self.usage.count_tool_calls(len(calls))
         notes = conversation.repeats.record(calls)
-        likely = self._turn(conversation, plan, budgets)
+        likely = self._turn(conversation, check.plan, budgets)
 
         async def on_result(index: int, part: ToolPart, seconds: float) -> None:
             noted = part.model_copy(update={"note": notes[index]})
-            await relay.send(ToolResult(relay.step, index, noted, seconds))
+            await relay.send(ToolResult(relay.step, places[index], noted, seconds))
 
         with early.beside(partial(self.model.anticipate, calls, likely)):
-            parts = await self.runner.run(
+            outcomes = await self.runner.run(
                 calls,
                 offered={tool.name: tool for tool in turn.tools},
-                ctx=ctx,
+                ctx=check.ctx,
                 count=conversation.retries,
                 on_result=on_result,
+                ledger=None if self.record is None else self.record.calls_of(relay.step),
+                watch=partial(self.watch.tool, trace),
                 early=early,
             )
-        self.usage.tool_calls += len(calls)
+        self.usage.count_tool_calls(-sum(isinstance(o, AwaitsApproval) for o in outcomes))
         return [
-            part.model_copy(update={"note": note}) for part, note in zip(parts, notes, strict=True)
+            outcome
+            if isinstance(outcome, AwaitsApproval)
+            else outcome.model_copy(update={"note": note})
+            for outcome, note in zip(outcomes, notes, strict=True)
         ]
 
-    async def _check_output(
-        self, response: ModelResponse, plan: StepPlan, ctx: RunContext[DepsT], attempt: int
-    ) -> tuple[Any | Unset, str | None]:
-        try:
-            return await self._output(response, plan, replace(ctx, retry=attempt - 1)), None
-        except ModelRetry as error:
-            reason = error.message
-        if response.finish_reason is FinishReason.LENGTH:
-            reason = f"The answer was cut off at the token limit; be shorter. {reason}"
-        if attempt > plan.retries:
-            raise OutputError(reason, text=response.text, attempts=attempt)
-        return UNSET, reason
-
-    async def _output(self, response: ModelResponse, plan: StepPlan, ctx: RunContext[DepsT]) -> Any:
-        if plan.needs_call:
-            raise ModelRetry("This step needs a tool call, not an answer.")
-        if not response.text.strip():
-            raise ModelRetry("The answer was empty.")
-        output = plan.output.validate(response.text)
-        for validator in plan.validators:
-            output = await call_with_ctx(validator, ctx, output)
-        return output
+    def _known_refusal(self, step: int) -> Answer | None:
+        """What the journal has of an answer that was refused: it is not checked again."""
+        known = None if self.record is None else self.record.refusal(step)
+        return None if known is None else Answer(reason=known.retry_reason, told=known.told)
 
 
-async def call_with_ctx(function: Callable[..., Any], ctx: RunContext[Any], *args: Any) -> Any:
-    """Call ``function(ctx, *args)``, or ``function(*args)`` where it takes no context; await the
-    answer if it is awaitable."""
-    takes = len(inspect.signature(function).parameters)
-    answer = function(ctx, *args) if takes > len(args) else function(*args)
-    if isinstance(answer, Awaitable):
-        return await answer
-    return answer
+def _with_settled(metrics: StepMetrics, settled: StepTrace | None) -> StepMetrics:
+    """A step's account with the calls before it that had waited for approval."""
+    if settled is None or settled.metrics is None:
+        return metrics
+    tool_s = settled.metrics.tool_s
+    return metrics.closed(total_s=metrics.total_s + tool_s, tool_s=metrics.tool_s + tool_s)
 
 
 def _settings(conversation: Conversation, given: ModelSettings) -> ModelSettings:
@@ -232,7 +330,21 @@ def _seconds(deadline_s: float | None) -> float:
     return math.inf if deadline_s is None else deadline_s
 
 
-def _refusal(parts: Sequence[ToolPart]) -> str | None:
+def _pause(plan: StepPlan, waiting: Sequence[AwaitsApproval]) -> DeferredToolRequests:
+    """The output of a step whose calls wait for approval."""
+    if not plan.output.allow_deferred:
+        raise _cannot_pause(waiting[0].call.tool_name)
+    return DeferredToolRequests.of(waiting)
+
+
+def _cannot_pause(tool_name: str) -> UserError:
+    return UserError(
+        f"tool {tool_name!r} needs approval, so a run may have to pause: add DeferredToolRequests "
+        "to the output type, as in output_type=str | DeferredToolRequests"
+    )
+
+
+def _refusal(parts: Sequence[CallOutcome]) -> str | None:
     """Why the step should be taken again: every one of its calls asked for it."""
     refusals = [part.content for part in parts if isinstance(part, RetryPromptPart)]
     return "\n".join(refusals) if len(refusals) == len(parts) else None

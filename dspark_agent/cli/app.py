@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dspark_agent.cli import bench, chat, demo, models, run, train
+from dspark_agent.cli import bench, chat, demo, models, run, trace, train
 from dspark_agent.cli.boundary import guarded
 from dspark_agent.cli.console import out
 from dspark_agent.cli.eval import evaluate
@@ -50,6 +50,7 @@ def build_app(options: GlobalOptions) -> typer.Typer:
     app.command("demo")(demo.demo)
     app.command("chat")(chat.chat)
     app.command("run")(run.run)
+    app.command("trace")(trace.trace)
     app.add_typer(models.app, name="models")
     app.add_typer(bench.app, name="bench")
     app.command("train")(train.train)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from dspark_agent.cli.console import err, out
+from dspark_agent.cli.console import check_writable, err, out
 from dspark_agent.cli.progress import model_bars
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def decode(
             policy=policy,
         ),
     )
-    _writable(json_file)
+    check_writable(json_file)
     with model_bars() as downloads, _counter("samples") as counted:
         report = run_decode(settings, progress=downloads, on_sample=counted)
     out().print(decode_table(report))
@@ -159,7 +159,7 @@ def steps(
             policy=policy,
         ),
     )
-    _writable(json_file)
+    check_writable(json_file)
     with model_bars() as downloads, _counter("steps") as counted:
         report = run_steps(settings, progress=downloads, on_step=counted)
     out().print(steps_table(report))
@@ -189,7 +189,7 @@ def quality(
     settings = QualitySettings(
         model=model, precision=precision, text=text, max_tokens=tokens, threads=threads
     )
-    _writable(json_file)
+    check_writable(json_file)
     with model_bars() as downloads, _counter("tokens") as counted:
         report = run_quality(settings, progress=downloads, on_tokens=counted)
     out().print(quality_table(report))
@@ -213,7 +213,7 @@ def cost(
     settings = CostSettings(
         model=model, precision=precision, threads=threads, drafter=drafter, seconds=seconds
     )
-    _writable(json_file)
+    check_writable(json_file)
     with model_bars() as downloads:
         report = run_cost(settings, progress=downloads)
     out().print(cost_table(report))
@@ -257,10 +257,26 @@ def simulate(
         tokens_per_agent=tokens,
         seed=seed,
     )
-    _writable(json_file)
+    check_writable(json_file)
     with _counter("replays") as counted:
         report = run_simulate(settings, on_replay=counted)
     out().print(simulate_table(report))
+    _write(report, json_file)
+
+
+@app.command()
+def overhead(
+    json_file: Json,
+    steps: Annotated[int, typer.Option(min=10, help="Steps of a conversation.")] = 200,
+    rounds: Annotated[int, typer.Option(min=1, help="Conversations of each kind of step.")] = 5,
+) -> None:
+    """What the SDK itself adds to a step, with a model that answers at once."""
+    from dspark_agent.cli.overhead import OverheadSettings, overhead_table, run_overhead
+
+    check_writable(json_file)
+    with _counter("conversations") as counted:
+        report = run_overhead(OverheadSettings(steps=steps, rounds=rounds), on_step=counted)
+    out().print(overhead_table(report))
     _write(report, json_file)
 
 
@@ -283,15 +299,6 @@ def _counter(what: str) -> Iterator[Counted]:
     finally:
         if tasks:
             bars.stop()
-
-
-def _writable(path: Path) -> None:
-    """Fails before the minutes of measuring, not after them; leaves nothing behind."""
-    was_there = path.exists()
-    with path.open("a", encoding="utf-8"):
-        pass
-    if not was_there:
-        path.unlink()
 
 
 def _write(report: BaseModel, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
@@ -21,6 +22,15 @@ def out() -> Console:
 def err() -> Console:
     """The console of notes, progress and errors."""
     return Console(theme=_THEME, highlight=False, stderr=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError before the minutes of work, not after them; leaves nothing behind."""
+    was_there = path.exists()
+    with path.open("a", encoding="utf-8"):
+        pass
+    if not was_there:
+        path.unlink()
 
 
 def plain(text: str, style: str = "") -> Text:

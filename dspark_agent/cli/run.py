@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from enum import StrEnum
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from dspark_agent.cli.boundary import UsageError
-from dspark_agent.cli.console import err, out, plain
+from dspark_agent.cli.console import check_writable, err, out, plain
 from dspark_agent.cli.model_options import (
     DEFAULT_MODEL,
     BaseUrlOption,
@@ -20,9 +21,7 @@ from dspark_agent.cli.model_options import (
     ThreadsOption,
     open_model,
 )
-
-if TYPE_CHECKING:
-    from dspark_agent import FunctionToolset
+from dspark_agent.cli.tool_options import ToolOption, WorkspaceOption, chosen_toolsets
 
 _INSTRUCTIONS = "You are a helpful assistant. Answer briefly."
 _WITH_TOOLS = (
@@ -31,30 +30,11 @@ _WITH_TOOLS = (
 )
 
 
-class ToolGroup(StrEnum):
-    """What a run may do in its workspace."""
-
-    READ = "read"
-    EDIT = "edit"
-    TESTS = "tests"
-    PYTHON = "python"
-    SHELL = "shell"
-    GIT = "git"
-
-
 def run(
     prompt: Annotated[str, typer.Argument(help="What to do; `-` reads it from standard input.")],
     model: ModelOption = DEFAULT_MODEL,
-    workspace: Annotated[
-        Path | None,
-        typer.Option(
-            "--workspace", "-w", exists=True, file_okay=False, help="Folder for the tools."
-        ),
-    ] = None,
-    tool: Annotated[
-        list[ToolGroup] | None,
-        typer.Option("--tool", "-t", help="Tools to offer; may be repeated. [default: read]"),
-    ] = None,
+    workspace: WorkspaceOption = None,
+    tool: ToolOption = None,
     schema: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="JSON Schema that the answer must satisfy."),
@@ -66,14 +46,22 @@ def run(
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a turn.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Keys the noise of sampling.")] = 0,
+    trace: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="Record the run there, for `dspark-agent trace`."),
+    ] = None,
+    trace_content: Annotated[
+        bool, typer.Option(help="With what was said, called and returned in it.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the answer.")] = False,
     precision: PrecisionOption = None,
     threads: ThreadsOption = None,
     base_url: BaseUrlOption = None,
 ) -> None:
     """Give an agent one task. Steps go to stderr, the answer to stdout."""
-    if tool and workspace is None:
-        raise UsageError("--tool needs --workspace: the folder that the tools may touch")
+    toolsets = chosen_toolsets(workspace, tool)
+    if trace_content and trace is None:
+        raise UsageError("--trace-content needs --trace: the file to record the run in")
     from dspark_agent import Agent, JsonSchema, ModelSettings, UsageLimits
     from dspark_agent.cli.latency import latency_table
     from dspark_agent.cli.steps_view import StepsView
@@ -82,7 +70,6 @@ def run(
     if not task.strip():
         raise UsageError("the prompt is empty")
     output: Any = str if schema is None else JsonSchema(_schema(schema))
-    toolsets = [] if workspace is None else _toolsets(workspace, tool or [ToolGroup.READ])
     agent: Agent[None, Any] = Agent(
         open_model(model, precision=precision, threads=threads, base_url=base_url),
         output_type=output,
@@ -91,11 +78,30 @@ def run(
         model_settings=ModelSettings(max_tokens=max_tokens, temperature=temperature, seed=seed),
         limits=UsageLimits(request_limit=max_steps),
     )
-    result = agent.run_sync(task, on_event=None if quiet else StepsView(err()))
+    with _recorded(trace, content=trace_content):
+        result = agent.run_sync(task, on_event=None if quiet else StepsView(err()))
     if not quiet:
         err().print(latency_table(result.steps))
     answer = result.output if schema is None else json.dumps(result.output, ensure_ascii=False)
     out().print(plain(answer), soft_wrap=True)
+
+
+@contextmanager
+def _recorded(path: Path | None, *, content: bool) -> Iterator[None]:
+    """Writes what is run inside to ``path``, as far as it got; finds out first whether it can."""
+    if path is None:
+        yield
+        return
+    from dspark_agent import Recording
+
+    check_writable(path)
+    with Recording() as recording:
+        try:
+            yield
+        finally:
+            if recording.steps:
+                recording.timeline(content=content).write(path)
+                err().print(f"[note]wrote {path}[/]", soft_wrap=True)
 
 
 def _schema(path: Path) -> dict[str, Any]:
@@ -106,26 +112,3 @@ def _schema(path: Path) -> dict[str, Any]:
     if not isinstance(schema, dict):
         raise UsageError(f"{path} must hold a JSON Schema object")
     return schema
-
-
-def _toolsets(folder: Path, groups: list[ToolGroup]) -> list[FunctionToolset]:
-    """The toolsets of ``groups``, each once, in the workspace ``folder``."""
-    from dspark_tools import Files, Git, Pytest, Python, Search, Shell, Workspace
-
-    workspace = Workspace(folder)
-    made: list[FunctionToolset] = []
-    if ToolGroup.EDIT in groups:
-        made.append(Files(workspace).toolset())
-    elif ToolGroup.READ in groups:
-        made.append(Files(workspace).reading_toolset())
-    if ToolGroup.READ in groups or ToolGroup.EDIT in groups:
-        made.append(Search(workspace).toolset())
-    if ToolGroup.TESTS in groups:
-        made.append(Pytest(workspace).toolset())
-    if ToolGroup.PYTHON in groups:
-        made.append(Python(workspace).toolset())
-    if ToolGroup.SHELL in groups:
-        made.append(Shell(workspace).toolset())
-    if ToolGroup.GIT in groups:
-        made.append(Git(workspace).toolset())
-    return made

@@ -33,6 +33,8 @@ class StepsView:
                 if self._headings:
                     again = f", attempt {attempt}" if attempt > 1 else ""
                     self._line(f"[step]step {step + 1}[/] [note]{kind.value}{again}[/]")
+            case events.ContextCompacted(left_out=left_out):
+                self._line(f"[note]context full: {len(left_out)} messages summed up[/]")
             case events.TextDelta(delta=delta):
                 self._write(delta)
             case events.ToolCallStart(tool_name=name):

@@ -26,9 +26,10 @@ class ModelTurn:
 
     ``tools`` is this turn's choice, a part of the tools the session was opened with.
     ``tool_choice`` is ``auto``, ``required``, ``none`` or a tool's name. ``output_schema`` is a
-    JSON Schema of type object for the typed result, None when there is none. ``urgency`` and
-    ``deadline_s`` (seconds from now, None for any time) say how soon it is wanted: hints for a
-    model that many share.
+    JSON Schema of type object for the typed result, None when there is none. ``output_tools`` are
+    the names of those of the tools whose call is the answer. ``urgency`` and ``deadline_s``
+    (seconds from now, None for any time) say how soon it is wanted: hints for a model that many
+    share.
     """
 
     tools: tuple[ToolDefinition, ...] = ()
@@ -36,6 +37,7 @@ class ModelTurn:
     output_schema: Mapping[str, Any] | None = None
     allow_text: bool = True
     settings: ModelSettings = field(default_factory=ModelSettings)
+    output_tools: tuple[str, ...] = ()
     urgency: Urgency = "interactive"
     deadline_s: float | None = None
 
@@ -75,7 +77,18 @@ class CallEnd:
     call: ToolCallPart
 
 
-ModelEvent = TextChunk | CallStart | CallChunk | CallEnd
+@dataclass(frozen=True, slots=True)
+class TokensWritten:
+    """``tokens`` tokens were committed, which ``source`` proposed: ``"model"``, ``"forced"`` (by
+    the grammar) or a proposer's name. ``text`` is how the model writes them, markup included. Only
+    models that know who proposed a token say so, before the events that the text leads to."""
+
+    tokens: int
+    source: str
+    text: str
+
+
+ModelEvent = TextChunk | CallStart | CallChunk | CallEnd | TokensWritten
 Emit = Callable[[ModelEvent], Awaitable[None]]
 """Where a session's turn sends its events, in order."""
 
@@ -122,9 +135,20 @@ class ModelSession(ABC):
     async def fork(self) -> ModelSession:
         """An independent conversation that starts with everything said in this one."""
 
+    async def fork_at(self, mark: object) -> ModelSession:
+        """:meth:`fork`, but from where the conversation stood at ``mark``."""
+        forked = await self.fork()
+        await forked.rollback(mark)
+        return forked
+
     @property
     def token_log(self) -> tuple[int, ...] | None:
         """The tokens of the conversation so far, where the model keeps them."""
+        return None
+
+    @property
+    def context_window(self) -> int | None:
+        """How many tokens a conversation may hold, where the model knows."""
         return None
 
     async def close(self) -> None:  # noqa: B027 - nothing to free is a fine default
@@ -136,6 +160,8 @@ class Model(ABC):
 
     settings: ModelSettings | None = None
     """The model's own defaults, under those of agent, run and step."""
+    provider: str = "custom"
+    """Who runs it, as telemetry names it: OpenTelemetry's ``gen_ai.provider.name``."""
 
     @property
     @abstractmethod

@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import assert_never
 
 from dspark_agent.messages import ResponsePart, TextPart, ToolCallPart
-from dspark_agent.models.base import CallChunk, CallEnd, CallStart, ModelEvent, TextChunk
+from dspark_agent.models.base import (
+    CallChunk,
+    CallEnd,
+    CallStart,
+    ModelEvent,
+    TextChunk,
+    TokensWritten,
+)
 
 
 class ResponseBuilder:
@@ -29,6 +36,8 @@ class ResponseBuilder:
             case CallEnd(_, call):
                 self._open_call = None
                 self._calls.append(call)
+            case TokensWritten():
+                pass  # who proposed what does not change the parts
             case _:
                 assert_never(event)
 

@@ -6,11 +6,13 @@ torch. A conversation is a token log: each turn renders and computes only what i
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import anyio
@@ -45,6 +47,7 @@ from dspark_agent.models.base import (
     ModelSession,
     ModelTurn,
     TextChunk,
+    TokensWritten,
 )
 from dspark_agent.models.bridge import ThreadBridge
 from dspark_agent.models.chat import chat_messages, function_tools
@@ -82,6 +85,8 @@ class DSparkModel(Model):
         engine: one that is already loaded; it stays the caller's to close.
         settings: this model's own defaults.
     """
+
+    provider = "dspark"
 
     def __init__(
         self,
@@ -138,8 +143,10 @@ class DSparkModel(Model):
         with _translated():
             # Finds a schema that cannot be honoured before the first turn, and keeps the grammar.
             await anyio.to_thread.run_sync(lambda: engine.compile(_turn_spec(widest)))
-            session = engine.open_session()
-        return _DSparkSession(engine, self._name, widest.tools, session, token_log or ())
+            session = _DSparkSession(engine, self._name, widest.tools, engine.open_session())
+            if token_log:
+                await session.restore(tuple(token_log))
+        return session
 
     async def close(self) -> None:
         """End the engine's thread and free its memory, unless the engine came from outside."""
@@ -157,11 +164,8 @@ class _Prepared:
 
 
 class _DSparkSession(ModelSession):
-    """A token log on the engine.
-
-    ``resumed`` are tokens of an earlier session that the first turn sends along. ``_outlined``
-    holds the outlines of typed results that the log has told the model already.
-    """
+    """A token log on the engine. ``_outlined`` are the outlines of typed results that the log has
+    told the model already; in ``_restored``, an earlier session's log as text, may be more."""
 
     def __init__(
         self,
@@ -169,21 +173,34 @@ class _DSparkSession(ModelSession):
         model_name: str,
         tools: Sequence[ToolDefinition],
         session: EngineSession,
-        resumed: Sequence[int],
-        outlined: frozenset[str] = frozenset(),
-        ahead: Sequence[int] = (),
     ) -> None:
         self._engine = engine
         self._model_name = model_name
         self._tools = tuple(tools)
         self._session = session
-        self._resumed = tuple(resumed)
-        self._outlined = outlined
-        self._ahead = Ahead(engine, session, ahead)
+        self._ahead = Ahead(engine, session)
+        self._outlined: frozenset[str] = frozenset()
+        self._restored = ""
 
     @property
     def token_log(self) -> tuple[int, ...]:
-        return self._ahead.said or self._resumed
+        return self._ahead.said
+
+    async def restore(self, log: tuple[int, ...]) -> None:
+        """Compute an earlier session's log, so that the first turn is as quick as it would have
+        been there; the token that comes after it is not wanted. Closes the session on failure."""
+        try:
+            step = partial(self._engine.step, self._session, StepRequest(log, max_new_tokens=1))
+            await anyio.to_thread.run_sync(step, abandon_on_cancel=True)
+            self._session.rollback(len(self._session.tokens) - len(log))
+        except BaseException:
+            await self.close()  # ends the step, if it was abandoned
+            raise
+        self._restored = self._engine.tokenizer.decode(log)
+
+    @property
+    def context_window(self) -> int:
+        return self._engine.max_context
 
     async def step(
         self, messages: Sequence[ModelRequest | ModelResponse], turn: ModelTurn, emit: Emit
@@ -223,11 +240,9 @@ class _DSparkSession(ModelSession):
         """Render what is new and compile the turn's grammar (in a worker thread)."""
         dialect, log = self._engine.dialect, self.token_log
         chat = chat_messages(messages)
-        outlined = ask_for_result(chat, turn, self._outlined)
+        outlined = ask_for_result(chat, turn, self._outlined, self._restored)
         if log:
-            closed = log[-1] == dialect.end_of_turn_id
-            unsent = () if self._ahead.said else self._resumed
-            tokens = [*unsent, *dialect.render_next(chat, closed=closed)]
+            tokens = dialect.render_next(chat, closed=log[-1] == dialect.end_of_turn_id)
         else:
             tokens = dialect.render_start(chat, function_tools(self._tools))
         spec = _turn_spec(turn)
@@ -271,7 +286,8 @@ class _DSparkSession(ModelSession):
             while True:
                 for event in await bridge.get_all():
                     match event:
-                        case Tokens(text=text):
+                        case Tokens(token_ids, text, source):
+                            await emit(TokensWritten(len(token_ids), source, text))
                             await _send(reader.feed(text), emit)
                         case Finished(outcome):
                             running = False
@@ -299,15 +315,10 @@ class _DSparkSession(ModelSession):
 
     async def fork(self) -> ModelSession:
         await self._ahead.settle()
-        return _DSparkSession(
-            self._engine,
-            self._model_name,
-            self._tools,
-            self._session.fork(),
-            self._resumed,
-            self._outlined,
-            self._ahead.tokens,
-        )
+        child = copy.copy(self)
+        child._session = self._session.fork()
+        child._ahead = Ahead(self._engine, child._session, self._ahead.tokens)
+        return child
 
     async def close(self) -> None:
         self._session.close()
@@ -332,9 +343,8 @@ async def _send(events: Sequence[ModelEvent], emit: Emit) -> None:
 
 async def _ended(bridge: ThreadBridge[StepEvent]) -> None:
     """Wait until the engine has let go of the step."""
-    while True:
-        if any(isinstance(event, Finished | Failed) for event in await bridge.get_all()):
-            return
+    while not any(isinstance(event, Finished | Failed) for event in await bridge.get_all()):
+        pass
 
 
 def _turn_spec(turn: ModelTurn) -> TurnSpec:

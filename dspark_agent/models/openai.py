@@ -7,15 +7,17 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
 import anyio
 import httpx
 
-from dspark_agent.errors import ContextLengthError, ModelError, ModelHTTPError, UserError
+from dspark_agent.errors import ContextLengthError, ModelHTTPError, UserError
 from dspark_agent.messages import FinishReason, ModelRequest, ModelResponse
 from dspark_agent.metrics import StepMetrics
+from dspark_agent.models.backoff import PASSING, Backoff, PassingFailure, asked_wait_s
 from dspark_agent.models.base import Emit, Model, ModelSession, ModelTurn, TranscriptSession
 from dspark_agent.models.chat import function_tools, server_messages
 from dspark_agent.models.completion import Completion
@@ -26,7 +28,6 @@ from dspark_agent.settings import ModelSettings
 _SAME_NAME = ("max_tokens", "temperature", "top_p", "seed", "presence_penalty",
               "frequency_penalty")  # fmt: skip
 _EMBEDDED_ONLY = ("top_k", "min_p", "repetition_penalty", "forced")
-_WORTH_RETRYING = frozenset({408, 429, 500, 502, 503, 504})
 
 
 class OpenAIModel(Model):
@@ -38,12 +39,17 @@ class OpenAIModel(Model):
         api_key: sent as bearer token. Never read from the environment.
         http_client: yours, and yours to close; by default each session has its own.
         timeout: seconds of silence, connecting or between two chunks, before giving up.
-        max_retries: how often a request that was refused with 408, 429 or 5xx, or could not be
-            sent, is sent again, with growing pauses.
+        max_retries: how often a request that was refused with 408, 409, 429 or 5xx, could not be
+            sent, or lost its connection before the answer began, is sent again, with growing
+            pauses (or the one that the server asks for). They count as ``queue_s`` of the step.
+        max_retry_wait: the longest of those pauses, in seconds; a server that asks for a longer
+            one is not asked again.
         strict_schemas: ask the server to enforce output schemas strictly. OpenAI then wants every
             property required; ``False`` is safe, since outputs are validated here anyway.
         settings: this model's own defaults.
     """
+
+    provider = "openai"
 
     def __init__(
         self,
@@ -54,12 +60,13 @@ class OpenAIModel(Model):
         http_client: httpx.AsyncClient | None = None,
         timeout: float = 60.0,
         max_retries: int = 2,
+        max_retry_wait: float = 30.0,
         strict_schemas: bool = False,
         settings: ModelSettings | None = None,
     ) -> None:
         self.settings = settings
         self.url = f"{base_url.rstrip('/')}/chat/completions"
-        self.max_retries = max_retries
+        self.backoff = Backoff(max_retries, max_retry_wait)
         self.strict_schemas = strict_schemas
         self._name = model
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
@@ -96,25 +103,20 @@ class OpenAIModel(Model):
 
         Raises:
             ContextLengthError: the server says that the conversation is too long.
-            ModelHTTPError: it refuses, or cannot be reached.
+            ModelHTTPError: it refuses for good, or breaks off.
+            PassingFailure: it refuses for now, or cannot be reached.
         """
-        attempt = 0
-        while True:
-            try:
-                request = client.build_request("POST", self.url, json=body, headers=self._headers)
-                response = await client.send(request, stream=True)
-            except httpx.HTTPError as error:
-                problem: ModelError = _unreachable(self.url, error)
-            else:
-                if response.is_success:
-                    break
-                problem = await _refusal(self.url, response)
-                if response.status_code not in _WORTH_RETRYING:
-                    raise problem
-            if attempt == self.max_retries:
-                raise problem
-            await anyio.sleep(0.5 * 2**attempt)
-            attempt += 1
+        try:
+            request = client.build_request("POST", self.url, json=body, headers=self._headers)
+            response = await client.send(request, stream=True)
+        except httpx.HTTPError as error:
+            raise PassingFailure(_unreachable(self.url, error)) from error
+        if not response.is_success:
+            problem = await _refusal(self.url, response)
+            if isinstance(problem, ModelHTTPError) and response.status_code in PASSING:
+                asked = asked_wait_s(response.headers, datetime.now(tz=UTC))
+                raise PassingFailure(problem, asked)
+            raise problem
         lines = response.aiter_lines()
         try:
             yield lines
@@ -145,16 +147,36 @@ class _OpenAISession(TranscriptSession):
         self, messages: Sequence[ModelRequest | ModelResponse], turn: ModelTurn, emit: Emit
     ) -> ModelResponse:
         began = time.perf_counter()
+        body = _body(self._model, messages, turn)
+        backoff = self._model.backoff
+        failures = 0
+        while True:
+            try:
+                return await self._attempt(body, emit, began)
+            except PassingFailure as failure:
+                failures += 1
+                pause_s = backoff.pause_s(failures, failure.asked_s)
+                if pause_s is None:
+                    raise backoff.given_up(failure, failures) from failure
+            await anyio.sleep(pause_s)
+
+    async def _attempt(self, body: dict[str, Any], emit: Emit, began: float) -> ModelResponse:
+        """Send the request once; ``began`` is when the turn did."""
+        sent = time.perf_counter()
         first: float | None = None
         completion = Completion()
-        body = _body(self._model, messages, turn)
         events = EventDecoder()
-        async with self._model.post(self._client, body) as lines:
-            async for line in lines:
-                data = events.feed(line)
-                for event in completion.feed(data) if data is not None else ():
-                    first = first or time.perf_counter()
-                    await emit(event)
+        try:
+            async with self._model.post(self._client, body) as lines:
+                async for line in lines:
+                    data = events.feed(line)
+                    for event in completion.feed(data) if data is not None else ():
+                        first = first or time.perf_counter()
+                        await emit(event)
+        except ModelHTTPError as error:
+            if first is None and error.status_code is None:
+                raise PassingFailure(error) from error
+            raise  # the caller has seen a part of the answer
         for event in completion.end():
             await emit(event)
         done = time.perf_counter()
@@ -165,7 +187,8 @@ class _OpenAISession(TranscriptSession):
             usage=usage,
             finish_reason=completion.finish_reason or FinishReason.ERROR,
             metrics=StepMetrics(
-                prefill_s=(first or done) - began,
+                queue_s=sent - began,
+                prefill_s=(first or done) - sent,
                 prefill_new_tokens=usage.input_tokens - usage.cached_tokens,
                 prefill_cached_tokens=usage.cached_tokens,
                 ttft_s=(first or done) - began,

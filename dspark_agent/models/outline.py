@@ -25,18 +25,21 @@ def outline(schema: Mapping[str, Any]) -> str:
 
 
 def ask_for_result(
-    chat: list[ChatMessage], turn: ModelTurn, told: frozenset[str] = frozenset()
+    chat: list[ChatMessage],
+    turn: ModelTurn,
+    told: frozenset[str] = frozenset(),
+    log_text: str = "",
 ) -> frozenset[str]:
     """Say at the end of ``chat`` what the turn's typed result looks like, if it has one.
 
-    An outline in ``told`` is not said again: a conversation needs it once. Gives ``told`` with
-    what was said now.
+    An outline in ``told``, or in the text of the log that the conversation was restored from, is
+    not said again: a conversation needs it once. Gives ``told`` with the turn's.
     """
     if turn.output_schema is None:
         return told
     shape = outline(turn.output_schema)
-    if shape in told:
-        return told
+    if shape in told or shape in log_text:
+        return told | {shape}
     when = "When you are done, answer" if turn.tools else "Answer"
     how = "in words or with JSON" if turn.allow_text else "with JSON"
     request = f"{when} {how}: {shape}"

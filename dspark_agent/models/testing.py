@@ -50,6 +50,8 @@ class FunctionModel(Model):
     The function (sync or async) returns a whole response, a text, one call, or a list of parts.
     """
 
+    provider = "test"
+
     def __init__(self, function: AnswerFunction, *, model_name: str = "function") -> None:
         self.function = function
         self._name = model_name
@@ -113,17 +115,26 @@ class TestModel(FunctionModel):
         if turn.tool_choice == "none" or not turn.tools:
             return []
         wanted = [t for t in turn.tools if turn.tool_choice in ("auto", "required", t.name)]
-        if turn.tool_choice == "auto":
+        if turn.tool_choice == "auto" or turn.output_tools:
             done = {c.tool_name for m in messages if isinstance(m, ModelResponse)
                     for c in m.tool_calls}  # fmt: skip
             chosen = turn.tool_names if self.call_tools == "all" else self.call_tools
-            wanted = [tool for tool in wanted if tool.name in chosen and tool.name not in done]
+            wanted = [tool for tool in turn.tools if tool.name in chosen and tool.name not in done
+                      and tool.name not in turn.output_tools]  # fmt: skip
+            if not wanted and turn.output_tools:
+                return [self._final(turn)]
         if not turn.settings.get("parallel_tool_calls", True):
             wanted = wanted[:1]
         return [
             ToolCallPart(tool_name=t.name, args=sample(t.parameters, seed=self.seed))
             for t in wanted
         ]
+
+    def _final(self, turn: ModelTurn) -> ToolCallPart:
+        tool = next(tool for tool in turn.tools if tool.name == turn.output_tools[0])
+        args = self.custom_output_args
+        made_up = sample(tool.parameters, seed=self.seed)
+        return ToolCallPart(tool_name=tool.name, args=made_up if args is None else args)
 
 
 class _FunctionSession(TranscriptSession):

@@ -1,4 +1,4 @@
-"""``chat`` and ``run`` with models that are written down, and how steps look on a terminal."""
+"""``run`` with models that are written down, and how steps look on a terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from dspark_agent import (
     ToolCallPart,
     UserPromptPart,
 )
-from dspark_agent.cli import chat as chat_command
 from dspark_agent.cli import main
 from dspark_agent.cli import run as run_command
 from dspark_agent.cli.console import plain
@@ -33,11 +32,10 @@ UseModel = Callable[[Model], None]
 
 @pytest.fixture
 def use_model(monkeypatch: pytest.MonkeyPatch) -> UseModel:
-    """Has ``chat`` and ``run`` open the given model, whatever name they are asked for."""
+    """Has ``run`` open the given model, whatever name it is asked for."""
 
     def use(model: Model) -> None:
-        for command in (chat_command, run_command):
-            monkeypatch.setattr(command, "open_model", lambda *_names, **_options: model)
+        monkeypatch.setattr(run_command, "open_model", lambda *_names, **_options: model)
 
     return use
 
@@ -51,40 +49,6 @@ def parrot(messages: list[ModelMessage], turn: ModelTurn) -> str:
         if isinstance(part, UserPromptPart)
     ]
     return f"{len(said)}: {said[-1]}"
-
-
-def chatting(monkeypatch: pytest.MonkeyPatch, *lines: str) -> int:
-    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-    return main(["chat"])
-
-
-def test_a_chat_remembers_until_it_is_told_to_start_over(
-    use_model: UseModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    use_model(FunctionModel(parrot))
-    assert chatting(monkeypatch, "one", "", "two", "/new", "three", "/exit", "four") == 0
-    shown = capsys.readouterr().out
-    assert [text for text in ("1: one", "2: two", "1: three") if text in shown] == [
-        "1: one",
-        "2: two",
-        "1: three",
-    ]
-    assert "four" not in shown
-
-
-def test_a_chat_shows_its_table_and_explains_an_unknown_word(
-    use_model: UseModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    use_model(FunctionModel(parrot))
-    assert chatting(monkeypatch, "one", "/table", "/what") == 0
-    shown = capsys.readouterr()
-    assert "where the time went" in shown.out
-    assert shown.err.count("/table shows") == 2
-
-
-def test_a_mistake_ends_a_chat_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["chat", "--base-url", "http://localhost:1"]) == 2
-    assert "--base-url is for openai: models" in capsys.readouterr().err
 
 
 def test_run_writes_the_answer_to_stdout_and_the_steps_to_stderr(

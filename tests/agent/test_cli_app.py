@@ -10,7 +10,7 @@ import pytest
 from dspark_agent.cli import app, main
 from dspark_agent.cli.boundary import BUG, INTERRUPTED, MISTAKE, OK, UsageError, guarded
 
-COMMANDS = ["demo", "chat", "run", "models", "bench", "train", "eval"]
+COMMANDS = ["demo", "chat", "run", "models", "bench", "train", "eval", "trace"]
 SUBCOMMANDS = [
     ["models", "list"],
     ["models", "pull"],

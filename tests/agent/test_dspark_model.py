@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import anyio
@@ -20,7 +22,9 @@ from dspark_agent import (
     History,
     JsonSchema,
     ModelNotFoundError,
+    RunContext,
     SchemaError,
+    SqliteJournal,
     StepEnd,
     StepStart,
     TextDelta,
@@ -85,6 +89,38 @@ async def test_typed_steps_tools_and_text_go_on_from_one_token_log(model: DSpark
     for step in session.steps:
         assert step.metrics.parts_s == pytest.approx(step.metrics.total_s, rel=0.02)
     assert called.metrics.accepted["forced"] > called.metrics.new_tokens / 2
+
+
+@pytest.mark.anyio
+async def test_every_token_is_put_down_to_who_proposed_it(
+    model: DSparkModel, engine: Engine
+) -> None:
+    async with Agent(model, tools=[add]).session() as session:
+        called = await session.step("Add 20 and 22.", tool_choice="add")
+        typed = await session.step("Rex is a dog of 3 years.", output_type=Pet)
+        await session.step("Say hello.", output_type=str)
+        log = session.history.token_log
+    assert log is not None
+    for step in session.steps:
+        trace = step.trace
+        assert trace is not None
+        runs = trace.token_runs
+        counts: dict[str, int] = {}
+        for run in runs:
+            counts[run.source] = counts.get(run.source, 0) + run.tokens
+        assert counts == {source: n for source, n in step.metrics.accepted.items() if n}
+        assert sum(counts.values()) == step.metrics.new_tokens
+        assert all(one.source != two.source for one, two in pairwise(runs))
+        ends = [run.ended for run in runs]
+        assert ends == sorted(ends)
+        assert trace.model_ended is not None
+        assert trace.began <= ends[0] <= ends[-1] <= trace.model_ended
+    assert typed.trace is not None
+    assert "".join(run.text for run in typed.trace.token_runs) == typed.text
+    assert called.trace is not None
+    markup = "".join(run.text for run in called.trace.token_runs)
+    assert called.tool_calls[0].args_json() in markup
+    assert markup in engine.tokenizer.decode(log)
 
 
 @pytest.mark.anyio
@@ -188,6 +224,76 @@ async def test_a_stored_history_is_gone_on_from_token_by_token(model: DSparkMode
         assert resumed.history.token_log == session.history.token_log
     assert again.output == straight.output
     assert again.response.usage.input_tokens == straight.response.usage.input_tokens
+    assert again.metrics.prefill_new_tokens <= straight.metrics.prefill_new_tokens
+
+
+@pytest.mark.anyio
+async def test_a_restored_log_was_told_of_the_result_already(model: DSparkModel) -> None:
+    async with Agent(model).session() as session:
+        await session.step("Rex is a dog of 3.", output_type=Pet)
+        stored = session.history.model_dump_json()
+        straight = await session.step("Tom is a cat of 5.", output_type=Pet)
+    async with Agent(model).session(history=History.model_validate_json(stored)) as resumed:
+        again = await resumed.step("Tom is a cat of 5.", output_type=Pet)
+        assert resumed.history.token_log == session.history.token_log
+        async with await resumed.fork() as child:
+            await child.step("Kit is a cat of 1.", output_type=Pet)
+            new = (child.history.token_log or ())[len(resumed.history.token_log or ()) :]
+    assert again.output == straight.output
+    assert '"kind": "cat" | "dog"' not in (await model.load()).tokenizer.decode(new)
+
+
+@pytest.mark.anyio
+async def test_a_log_that_does_not_fit_leaves_no_session_open(
+    model: DSparkModel, engine: Engine
+) -> None:
+    history = History(
+        messages=(), model_name="smollm2-135m", token_log=(1,) * 1024, logged_messages=0
+    )
+    before = len(engine._sessions)
+    with pytest.raises(ContextLengthError):
+        async with Agent(model).session(history=history):
+            pass
+    fits = history.model_copy(update={"token_log": (1,) * 1000})
+    with anyio.move_on_after(0.02) as scope:
+        async with Agent(model).session(history=fits):
+            pass
+    assert scope.cancelled_caught
+    with anyio.fail_after(10):
+        while len(engine._sessions) > before:  # the engine ends the step that was on its way
+            await anyio.sleep(0.01)
+
+
+@pytest.mark.anyio
+async def test_a_run_goes_on_from_its_journal_token_by_token(
+    model: DSparkModel, tmp_path: Path
+) -> None:
+    failing = [True]
+
+    def look(n: int) -> str:
+        """Look."""
+        return f"{n} is a dog of 3 years called Rex"
+
+    async def drive(run_id: str, fails: bool) -> Any:
+        async with agent.iter("Look at 7.", journal=journal, run_id=run_id) as run:
+            await run.step(tool_choice="look")
+            if fails and failing:
+                raise failing.pop() and OSError("the power is gone")
+            return await run.step(tools=[]), run.result
+
+    journal = SqliteJournal(tmp_path / "runs.sqlite")
+    agent = Agent(model, tools=[look], output_type=Pet)
+    _, whole = await drive("whole", False)
+    with pytest.raises(OSError, match="power"):
+        await drive("cut", True)
+    step, resumed = await drive("cut", True)
+    assert resumed.output == whole.output
+    assert resumed.history.token_log == whole.history.token_log
+    last = whole.steps[-1].metrics
+    assert step.metrics.prefill_new_tokens <= last.prefill_new_tokens
+    assert step.metrics.prefill_cached_tokens >= last.prefill_cached_tokens
+    replayed, _ = await drive("whole", False)
+    assert replayed.metrics == last
 
 
 @pytest.mark.anyio
@@ -293,3 +399,31 @@ def test_an_engine_from_outside_stays_open_and_an_own_one_does_not(engine: Engin
     engine.open_session().close()
     names = [thread.name for thread in threading.enumerate()]
     assert names.count("dspark-engine") == 1
+
+
+@pytest.mark.anyio
+async def test_a_tool_forks_the_run_and_computes_nothing_again(model: DSparkModel) -> None:
+    answers: list[str] = []
+    new: list[int] = []
+
+    async def consider(ctx: RunContext[object]) -> str:
+        """Consider the question."""
+        async with await ctx.fork() as fork:
+            step = await fork.step("Answer with one word.", tools=[])
+            answers.append(step.output)
+            new.append(step.metrics.prefill_new_tokens)
+        return "considered"
+
+    agent = Agent(model, instructions="You answer questions. " * 20, tools=[consider])
+    async with agent.session() as session:
+        hello = await session.step("Say hello.", tools=[], settings={"max_tokens": 4})
+        asked = await session.step("Is the sky blue?", tool_choice="consider")
+        assert asked.tool_result == "considered"
+        assert answers
+        assert answers[0]
+        # The instructions, the tools and the first turn were there already.
+        begin = hello.response.usage.input_tokens
+        assert new[0] < 60 < begin
+        again = await session.step("Say hello again.", tools=[], settings={"max_tokens": 4})
+        assert again.metrics.prefill_cached_tokens > begin
+        assert session.usage.requests == 4

@@ -16,7 +16,9 @@ from pydantic import BaseModel
 
 from dspark_agent import (
     Agent,
+    AgentEvent,
     ContextLengthError,
+    DeadlineExceeded,
     FinishReason,
     ModelError,
     ModelHTTPError,
@@ -24,6 +26,7 @@ from dspark_agent import (
     OpenAIModel,
     TextDelta,
     ToolCallDelta,
+    UsageLimits,
     UserError,
     infer_model,
 )
@@ -84,8 +87,14 @@ class Server:
             pieces.append("data: [DONE]\n\n")
         self.answers.append((200, {"Content-Type": "text/event-stream"}, pieces))
 
-    def refuses(self, status: int, body: str) -> None:
-        self.answers.append((status, {"Content-Type": "application/json"}, [body]))
+    def refuses(self, status: int, body: str, headers: dict[str, str] | None = None) -> None:
+        sent = {"Content-Type": "application/json", **(headers or {})}
+        self.answers.append((status, sent, [body]))
+
+    def breaks_off(self, *chunks: dict[str, Any]) -> None:
+        """Promises more than it sends, and hangs up."""
+        self.streams(*chunks, done=False)
+        self.answers[-1][1]["Content-Length"] = "100000"
 
     def close(self) -> None:
         self._http.shutdown()
@@ -265,8 +274,53 @@ async def test_a_busy_server_is_asked_again(server: Server) -> None:
     server.streams(*text("ok"))
     assert (await Agent(model_on(server, max_retries=1)).run("Hi")).output == "ok"
     server.refuses(503, "still busy")
-    with pytest.raises(ModelHTTPError, match="still busy"):
+    with pytest.raises(ModelHTTPError, match=r"still busy \(sent 1 time"):
         await Agent(model_on(server, max_retries=0)).run("Hi")
+
+
+@pytest.mark.anyio
+async def test_pauses_count_as_queue_and_not_as_prefill(server: Server) -> None:
+    server.refuses(429, "slow down", {"Retry-After": "0.3"})
+    server.streams(*text("ok"))
+    result = await Agent(model_on(server)).run("Hi")
+    metrics = result.steps[0].metrics
+    assert metrics.queue_s >= 0.3
+    assert metrics.ttft_s >= metrics.queue_s
+    assert metrics.parts_s == pytest.approx(metrics.total_s, rel=0.02)
+
+
+@pytest.mark.anyio
+async def test_a_server_that_wants_too_long_a_pause_is_not_waited_for(server: Server) -> None:
+    server.refuses(429, "quota", {"Retry-After": "3600"})
+    with pytest.raises(ModelHTTPError, match="asks to wait 3600 s, max_retry_wait is 5 s"):
+        await Agent(model_on(server, max_retry_wait=5.0)).run("Hi")
+    assert len(server.requests) == 1
+
+
+@pytest.mark.anyio
+async def test_a_deadline_holds_while_a_server_is_waited_for(server: Server) -> None:
+    server.refuses(503, "busy", {"Retry-After": "20"})
+    with pytest.raises(DeadlineExceeded):
+        await Agent(model_on(server)).run("Hi", limits=UsageLimits(wall_seconds=0.5))
+
+
+@pytest.mark.anyio
+async def test_a_connection_lost_before_the_answer_is_opened_again(server: Server) -> None:
+    server.breaks_off()
+    server.streams(*text("ok"))
+    seen: list[AgentEvent] = []
+    result = await Agent(model_on(server)).run("Hi", on_event=seen.append)
+    assert result.output == "ok"
+    assert len(server.requests) == 2
+    assert [event.delta for event in seen if isinstance(event, TextDelta)] == ["ok"]
+
+
+@pytest.mark.anyio
+async def test_a_connection_lost_in_the_answer_is_an_error(server: Server) -> None:
+    server.breaks_off(*text("half")[:1])
+    with pytest.raises(ModelHTTPError, match="no answer from"):
+        await Agent(model_on(server)).run("Hi")
+    assert len(server.requests) == 1
 
 
 @pytest.mark.anyio

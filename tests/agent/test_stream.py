@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import anyio
@@ -19,10 +20,14 @@ from dspark_agent import (
     StepStart,
     TestModel,
     TextDelta,
+    TextPart,
     ToolCallDelta,
     ToolCallEnd,
+    ToolCallPart,
     ToolCallStart,
     ToolResult,
+    UsageLimitExceeded,
+    UsageLimits,
     UserError,
 )
 
@@ -156,3 +161,104 @@ async def test_a_listener_that_fails_undoes_the_step() -> None:
 async def test_a_stream_has_no_second_listener() -> None:
     with pytest.raises(UserError, match="run_stream gives the events itself"):
         Agent(TestModel()).run_stream("Go", on_event=lambda event: None)
+
+
+async def test_text_is_no_sign_of_the_end_where_a_tool_call_can_follow() -> None:
+    turns: Iterator[Sequence[TextPart | ToolCallPart] | str] = iter([
+        [TextPart(content="Let me weigh it."), ToolCallPart(tool_name="weigh", args={"what": "b"})],
+        "Three grams.",
+    ])  # fmt: skip
+    agent = Agent(FunctionModel(lambda messages, turn: next(turns)), tools=[weigh])
+    async with agent.run_stream("Go") as stream:
+        texts = [text async for text in stream.stream_text()]
+        result = await stream.result()
+    assert texts[-1] == result.output == "Three grams."
+    assert "Let me weigh it." in texts
+    assert [len(step.tool_results) for step in result.steps] == [1, 0]
+
+
+async def test_the_output_comes_last_as_validators_leave_it() -> None:
+    agent = Agent(TestModel(custom_output_args={"title": "rye bread"}), output_type=Recipe)
+
+    @agent.output_validator
+    def capital(recipe: Recipe) -> Recipe:
+        return Recipe(title=recipe.title.title())
+
+    async with agent.run_stream("Go") as stream:
+        seen = [value async for value in stream.stream_output()]
+    assert seen[-2:] == [Recipe(title="rye bread"), Recipe(title="Rye Bread")]
+
+
+async def test_a_functions_output_grows_as_its_arguments_and_ends_as_its_value() -> None:
+    def bake(title: str) -> Recipe:
+        """Bake it."""
+        return Recipe(title=title, steps=["bake"])
+
+    model = TestModel(custom_output_args={"title": "rye bread"})
+    async with Agent(model, output_type=bake).run_stream("Go") as stream:
+        seen = [value async for value in stream.stream_output()]
+    assert seen[-2:] == [{"title": "rye bread"}, Recipe(title="rye bread", steps=["bake"])]
+
+
+class Loop:
+    """A model that calls ``weigh`` for ever, and what happened around it."""
+
+    def __init__(self) -> None:
+        self.turns = 0
+        self.weighed = 0
+        self.stopped = 0
+        self.model = FunctionModel(self.answer)
+
+    def answer(self, messages: list[ModelMessage], turn: ModelTurn) -> ToolCallPart:
+        self.turns += 1
+        return ToolCallPart(tool_name="weigh", args={"what": str(self.turns)})
+
+    async def weigh(self, what: str) -> str:
+        """Weigh it; the third time takes for ever."""
+        if what == "3":
+            try:
+                await anyio.sleep_forever()
+            finally:
+                self.stopped += 1
+        self.weighed += 1
+        return what
+
+
+@pytest.mark.parametrize("done", [1, 2])
+async def test_what_was_seen_to_end_is_never_lost_by_leaving(done: int) -> None:
+    loop = Loop()
+    async with Agent(loop.model, tools=[loop.weigh]).run_stream("Go") as stream:
+        async for event in stream:
+            if isinstance(event, StepEnd) and event.step == done - 1:
+                break
+    kinds = [part.part_kind for message in stream.history.messages for part in message.parts]
+    assert kinds[: 1 + 2 * done] == ["user-prompt", *["tool-call", "tool-return"] * done]
+    assert loop.turns <= done + 1
+
+
+async def test_leaving_stops_a_tool_at_once_and_the_history_goes_on() -> None:
+    loop = Loop()
+    agent = Agent(loop.model, tools=[loop.weigh])
+    async with agent.run_stream("Go") as stream:
+        async for event in stream:
+            if isinstance(event, ToolCallEnd) and event.step == 2:
+                await anyio.wait_all_tasks_blocked()
+                break
+    assert loop.stopped == 1
+    assert loop.turns == 3
+    history = stream.history
+    assert [message.kind for message in history.messages] == [
+        "request", "response", "request", "response", "request",
+    ]  # fmt: skip
+    resumed = await agent.run(message_history=history, model=TestModel(call_tools=[]))
+    assert resumed.output
+    assert len(resumed.new_messages()) == 1
+
+
+async def test_a_run_that_fails_leaves_the_steps_that_were_done() -> None:
+    loop = Loop()
+    agent = Agent(loop.model, tools=[loop.weigh])
+    async with agent.run_stream("Go", limits=UsageLimits(request_limit=2)) as stream:
+        with pytest.raises(UsageLimitExceeded):
+            await stream.result()
+    assert len(stream.history.messages) == 5
