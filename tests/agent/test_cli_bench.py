@@ -135,14 +135,13 @@ def test_overhead_writes_json_and_a_table(
     ("arguments", "complaint"),
     [
         (["decode", "--prompts", "no-such-set"], "no-such-set: no such file"),
-        (["decode", "--speculation", "on"], "no drafter ships"),
         (["decode", "--drafter", "."], "only with speculation on"),
         (["steps", "--trace", "no-such-trace"], "none ships by that name (coding"),
         (["quality", "--text", "no-such-text"], "no-such-text"),
         (["quality", "--precision", "int3"], "int3"),
         (["cost", "--precision", "int3"], "int3"),
     ],
-    ids=["prompts", "speculation", "drafter", "trace", "text", "precision", "cost"],
+    ids=["prompts", "drafter", "trace", "text", "precision", "cost"],
 )
 def test_a_mistake_is_one_line_and_leaves_no_report(
     arguments: list[str],
