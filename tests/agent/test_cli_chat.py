@@ -332,7 +332,7 @@ def test_ctrl_c_between_answers_leaves_at_the_second_time() -> None:
 
 @pytest.mark.real_model
 def test_ctrl_c_reaches_the_token_loop_of_a_real_model() -> None:
-    options = ("--model", "smollm2-135m", "--threads", "1", "--max-tokens", "900")
+    options = ("--model", "smollm2-135m", "--threads", "1", "--max-tokens", "7000")
     with terminal(*options, program=REAL) as term:
         term.type("Count from one to five hundred, with a comma after each number.\n")
         term.expect(r"\w+\W+\w+\W+\w+\W+\w+")
