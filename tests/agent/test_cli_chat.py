@@ -343,4 +343,4 @@ def test_ctrl_c_reaches_the_token_loop_of_a_real_model() -> None:
         term.type("Say hello.\n")
         term.expect(r"tokens, [\s\S]*> $")
         term.type("/stats\n")
-        term.expect("1 turns, 0 tool calls")
+        term.expect("2 turns, 0 tool calls")  # a turn counts when it begins
