@@ -131,11 +131,9 @@ class StepLoop:
         self._observe(chosen, seconds)
         for step, rows in chosen:
             logits = result.logits[wanted : wanted + rows.logits]
-            before = rows.kv.length
-            self._guarded(step, partial(self._verify, step, rows, logits, seconds))
-            if rows.kv.draft is not None and not step.session.closed:
-                features = result.features[row : row + rows.kv.length - before]
-                self._guarded(step, partial(self._remember, step, features))
+            judge = partial(self._verify, step, rows, logits, seconds)
+            features = result.features[row : row + len(rows.tokens)]
+            self._guarded(step, partial(self._judge, step, rows.kv, judge, features))
             row += len(rows.tokens)
             wanted += rows.logits
         self._sweep()
@@ -297,6 +295,20 @@ class StepLoop:
         """A block's own keys and values go past the end of its context."""
         context = _context(step)
         self._pool.reserve(context, context.length + positions)
+
+    def _judge(
+        self,
+        step: RunningStep,
+        kv: SequenceKV,
+        judge: Callable[[], None],
+        features: NDArray[np.float32],
+    ) -> None:
+        """Verify, and hand the drafter what it will read of the rows that hold: in one go, since a
+        session that was closed meanwhile is kept for its beginning right afterwards."""
+        before = kv.length
+        judge()
+        if kv.draft is not None:
+            self._remember(step, features[: kv.length - before])
 
     def _remember(self, step: RunningStep, features: NDArray[np.float32]) -> None:
         """What the drafter will read of the tokens that were just computed: when it drafts next, or
