@@ -94,6 +94,8 @@ class SequencePool:
 
     def retire(self, tokens: Sequence[int], kv: SequenceKV) -> None:
         """A session is over: keep the sequence for its beginning while there is room."""
+        if kv.draft is not None and kv.draft.length < kv.length:
+            kv.truncate(kv.draft.length)  # a hit must find both contexts
         self._prefixes.keep(tokens, kv)
 
     def check_fits(self, length: int) -> None:
