@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dspark_agent.agent import Agent
 from dspark_agent.compaction import Compaction
+from dspark_agent.concurrency import fan_out
 from dspark_agent.context import RunContext
 from dspark_agent.deferred import (
     DeferredToolRequests,
@@ -17,6 +18,7 @@ from dspark_agent.deferred import (
     ToolApproved,
     ToolDenied,
 )
+from dspark_agent.delegation import Handoff
 from dspark_agent.errors import (
     ApprovalRequired,
     ContextLengthError,
@@ -108,6 +110,7 @@ __all__ = [
     "FunctionModel",
     "FunctionToolset",
     "GuardrailTripped",
+    "Handoff",
     "History",
     "Hooks",
     "Journal",
@@ -172,6 +175,7 @@ __all__ = [
     "UsageLimits",
     "UserError",
     "UserPromptPart",
+    "fan_out",
     "infer_model",
     "tool",
 ]

@@ -27,6 +27,7 @@ from dspark_agent.compaction import Compaction
 from dspark_agent.context import DepsT, RunContext
 from dspark_agent.core import Core
 from dspark_agent.declaration import Declaration
+from dspark_agent.delegation import DelegateOptions, Handoff, agent_as_tool
 from dspark_agent.errors import UserError
 from dspark_agent.history import History
 from dspark_agent.hooks import Hooks
@@ -232,6 +233,21 @@ class Agent(Generic[DepsT, OutT]):
         self._declaration.observers.append(observer)
         return self
 
+    # -- at the service of others --------------------------------------------------------------
+
+    def as_tool(self, *, description: str, **options: Unpack[DelegateOptions]) -> Tool[Any]:
+        """This agent as a tool of another: a prompt in, its output out.
+
+        Each call is a run of its own that is part of the caller's: the caller's limits, deadline
+        and cancellation hold for it, what it uses counts there, and it gets the caller's deps (if
+        it takes any). Where it comes to no answer (refused outputs, limits of its own), the
+        caller's model is told so; the caller's own limits end the caller's run.
+
+        ``description`` says to the caller's model what it is for. The other options are those of
+        :class:`Tool`; ``name`` is the agent's own by default.
+        """
+        return agent_as_tool(self, description, options)
+
     # -- running -------------------------------------------------------------------------------
 
     @overload
@@ -376,15 +392,21 @@ class Agent(Generic[DepsT, OutT]):
         model: Model | str | None = None,
         model_settings: ModelSettings | None = None,
         on_event: EventHandler | None = None,
+        parent: RunContext[Any] | None = None,
     ) -> Session[DepsT, OutT]:
         """A conversation of typed steps: ``async with agent.session() as s: await s.step("...")``.
 
-        ``limits`` hold over the whole of the session; the agent's by default.
+        ``limits`` hold over the whole of the session; the agent's by default. The other keywords
+        are those of :class:`RunOptions`.
         """
-        core = self._core(
-            {"model": model, "model_settings": model_settings, "on_event": on_event, "deps": deps},
-            limits=limits or self._declaration.limits,
-        )
+        options: RunOptions[Any] = {
+            "model": model,
+            "model_settings": model_settings,
+            "on_event": on_event,
+            "deps": deps,
+            "parent": parent,
+        }
+        core = self._core(options, limits=limits or self._declaration.limits)
         return Session(core, History.of(history))
 
     async def _finished(
@@ -410,6 +432,11 @@ class Agent(Generic[DepsT, OutT]):
         journal, run_id = options.get("journal"), options.get("run_id")
         if (journal is None) != (run_id is None):
             raise UserError("journal= and run_id= go together: where a run is kept, and its name")
+
+        def successor(handoff: Handoff[DepsT]) -> Core[Any]:
+            return handoff.agent._core(options, limits=None)
+
+        run: AgentRun[DepsT, Any] | None = None
         async with recorded(journal, run_id, results) as record:
             if record is not None:
                 prompt, history = await core.begin(record, prompt, history, resume)
@@ -417,10 +444,11 @@ class Agent(Generic[DepsT, OutT]):
                 with core.work(limits) as work:
                     await core.open(history, output_type)
                     with core.watch.run() as trace:
-                        yield AgentRun(core, work, prompt, output_type, results)
+                        run = AgentRun(core, work, prompt, output_type, results, successor)
+                        yield run
                         trace.usage = core.usage.model_copy()
             finally:
-                await core.close()
+                await (core if run is None else run.core).close()
 
     def _core(self, options: RunOptions[Any], *, limits: UsageLimits | None) -> Core[DepsT]:
         model = options.get("model")
@@ -431,6 +459,7 @@ class Agent(Generic[DepsT, OutT]):
             settings=options.get("model_settings"),
             limits=limits,
             on_event=options.get("on_event"),
+            parent=options.get("parent"),
         )
 
     # -- closing -------------------------------------------------------------------------------

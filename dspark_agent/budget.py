@@ -1,4 +1,4 @@
-"""The limits that are in force around a step: the session's, the run's, the step's own."""
+"""The limits that are in force around a step: the whole's, the session's, the run's, its own."""
 
 from __future__ import annotations
 
@@ -15,36 +15,43 @@ from dspark_agent.limits import RunUsage, UsageLimits
 class Budget:
     """Limits, counted from where they came into force.
 
-    ``deadline`` is on the event loop's clock, ``inf`` when there is none.
+    ``account`` is what they limit, live; ``start`` a copy of it from the beginning. ``deadline``
+    is on the event loop's clock, ``inf`` when there is none.
     """
 
     limits: UsageLimits
+    account: RunUsage
     start: RunUsage
     deadline: float
 
     @classmethod
-    def begin(cls, limits: UsageLimits, usage: RunUsage) -> Budget:
-        """Limits that count from now and from ``usage``."""
+    def begin(cls, limits: UsageLimits, account: RunUsage) -> Budget:
+        """Limits that count from now and from what ``account`` holds."""
         seconds = limits.wall_seconds
         deadline = math.inf if seconds is None else anyio.current_time() + seconds
-        return cls(limits, usage.model_copy(), deadline)
+        return cls(limits, account, account.model_copy(), deadline)
+
+    @property
+    def used(self) -> RunUsage:
+        """What was used since the limits came into force."""
+        return self.account.since(self.start)
 
 
-def check_request(budgets: Sequence[Budget], usage: RunUsage) -> None:
+def check_request(budgets: Sequence[Budget]) -> None:
     """Raise :class:`UsageLimitExceeded` unless every budget allows one more model turn."""
     for budget in budgets:
-        budget.limits.check_request(usage.since(budget.start))
+        budget.limits.check_request(budget.used)
 
 
-def check_tool_calls(budgets: Sequence[Budget], usage: RunUsage, calls: int) -> None:
+def check_tool_calls(budgets: Sequence[Budget], calls: int) -> None:
     """Raise :class:`UsageLimitExceeded` unless every budget allows ``calls`` more tool calls."""
     for budget in budgets:
-        budget.limits.check_tool_calls(usage.since(budget.start), calls)
+        budget.limits.check_tool_calls(budget.used, calls)
 
 
-def output_tokens_left(budgets: Sequence[Budget], usage: RunUsage) -> int | None:
+def output_tokens_left(budgets: Sequence[Budget]) -> int | None:
     """How many new tokens every budget allows the next turn; None where none limits them."""
-    lefts = [b.limits.output_tokens_left(usage.since(b.start)) for b in budgets]
+    lefts = [budget.limits.output_tokens_left(budget.used) for budget in budgets]
     return min((left for left in lefts if left is not None), default=None)
 
 

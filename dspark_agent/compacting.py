@@ -76,7 +76,8 @@ async def compact(
     if known is not None:
         summary = _Summary(known.summary, known.kept, known.usage)
         if policy.summarise is None:
-            core.usage.add_turn(known.usage)
+            core.usage.count_requests(1)
+            core.usage.count_tokens(known.usage)
     elif policy.summarise is None:
         summary = await _written(core, work, policy, messages, kept)
     else:
@@ -156,14 +157,15 @@ async def _asked(
 ) -> _Summary:
     """Ask in a session of its own, which is closed after."""
     try:
-        budget.check_request(work.budgets, core.usage)
-        left = budget.output_tokens_left(work.budgets, core.usage)
+        budget.check_request(work.budgets)
+        left = budget.output_tokens_left(work.budgets)
         tokens = policy.summary_tokens if left is None else min(left, policy.summary_tokens)
         turn = ModelTurn(tool_choice="none", settings=ModelSettings(max_tokens=tokens))
+        core.usage.count_requests(1)
         response = await session.step(request, turn, _unheard)
     finally:
         await core.closed(session)
-    core.usage.add_turn(response.usage)
+    core.usage.count_tokens(response.usage)
     text = response.text.strip()
     if not text:
         raise UnexpectedModelBehavior(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic
+from typing import TYPE_CHECKING, Any, Generic
 
 import anyio
 import anyio.from_thread
 import anyio.lowlevel
 from typing_extensions import TypeVar
 
-from dspark_agent.errors import RunCancelled
+from dspark_agent.budget import Budget
+from dspark_agent.errors import RunCancelled, UserError
 from dspark_agent.limits import RunUsage
 from dspark_agent.messages import ModelRequest, ModelResponse
+
+if TYPE_CHECKING:
+    from dspark_agent.session import Session
 
 DepsT = TypeVar("DepsT", default=object)
 DepsT_co = TypeVar("DepsT_co", default=object, covariant=True)
@@ -52,7 +56,8 @@ class RunContext(Generic[DepsT_co]):
     what the session has used; ``run_step`` the step's number, from 0. ``retry`` counts how often
     in a row this tool (or output) has been refused, of ``max_retries`` allowed;
     ``tool_call_approved`` says whether somebody approved this very call. ``deadline`` is on the
-    event loop's clock (``anyio.current_time()``), ``inf`` when there is none.
+    event loop's clock (``anyio.current_time()``), ``inf`` when there is none. Give the context on
+    as ``parent=ctx`` to a run that is part of this one.
     """
 
     deps: DepsT_co
@@ -66,6 +71,8 @@ class RunContext(Generic[DepsT_co]):
     tool_call_approved: bool = False
     deadline: float = float("inf")
     cancellation: Cancellation = field(default_factory=Cancellation, repr=False)
+    budgets: tuple[Budget, ...] = field(default=(), repr=False)
+    forker: Callable[[], Awaitable[Session[Any, Any]]] | None = field(default=None, repr=False)
 
     @property
     def remaining_s(self) -> float:
@@ -80,6 +87,20 @@ class RunContext(Generic[DepsT_co]):
     def cancel(self, reason: str = "a tool asked for it") -> None:
         """Cancel the whole run; it raises :class:`~dspark_agent.RunCancelled` with ``reason``."""
         self.cancellation.cancel(reason)
+
+    async def fork(self) -> Session[DepsT_co, Any]:
+        """A session of the same agent that starts with what was said before this step, as part of
+        this run; on the embedded model it shares the run's KV. Use it with ``async with``.
+
+        The request that the model answered with this call is still open in the fork: the fork's
+        first step answers it, together with the prompt that the step is given.
+
+        Raises:
+            UserError: no step is in flight (in an instruction function).
+        """
+        if self.forker is None:
+            raise UserError("ctx.fork() is for tools and validators: no step is in flight here")
+        return await self.forker()
 
     def check_cancelled(self) -> None:
         """Stop here when the run was cancelled or its deadline has passed.

@@ -59,6 +59,8 @@ class Conversation:
 
     def ask(self, *parts: RequestPart) -> None:
         """Add parts to the request that goes with the next turn."""
+        if not parts:
+            return
         last = self.messages[-1] if self.unsent else None
         if isinstance(last, ModelRequest):
             self.messages[-1] = ModelRequest(parts=(*last.parts, *parts))

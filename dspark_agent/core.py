@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import uuid4
 
 import anyio
@@ -28,7 +28,7 @@ from dspark_agent.errors import (
 from dspark_agent.events import CompactionReason
 from dspark_agent.guards import check_guards
 from dspark_agent.history import History
-from dspark_agent.journal.entries import RunBegun
+from dspark_agent.journal.entries import Instructions, RunBegun
 from dspark_agent.journal.record import RunRecord
 from dspark_agent.journal.session import RecordedSession
 from dspark_agent.limits import RunUsage, UsageLimits
@@ -41,6 +41,9 @@ from dspark_agent.settling import settle
 from dspark_agent.step import UNSET, StepKind, StepPlan, StepResult
 from dspark_agent.trace import StepTrace
 from dspark_agent.turn import TurnTaker
+
+if TYPE_CHECKING:
+    from dspark_agent.session import Session
 
 T = TypeVar("T")
 
@@ -66,6 +69,7 @@ class Core(Generic[DepsT]):
         limits: UsageLimits | None = None,
         on_event: EventHandler | None = None,
         record: RunRecord | None = None,
+        parent: RunContext[Any] | None = None,
     ) -> None:
         declaration.check_deps(deps)
         self.declaration = declaration
@@ -84,8 +88,9 @@ class Core(Generic[DepsT]):
             tuple(declaration.observers),
         )
         self.conversation = Conversation()
-        self.usage = RunUsage()
-        self._budgets: tuple[Budget, ...] = ()
+        self.usage = RunUsage.part_of(None if parent is None else parent.usage)
+        self._parent = parent
+        self._budgets: tuple[Budget, ...] = () if parent is None else parent.budgets
         self._model_session: ModelSession | None = None
         self._token_log: tuple[int, ...] | None = None
         self.widest = ModelTurn()
@@ -105,13 +110,14 @@ class Core(Generic[DepsT]):
         self.widest = self.plan(output_type=output_type, tools=tuple(self.runner.tools)).turn
         resumes = history.resumes(self.model.name, self.widest.tool_names)
         token_log = history.token_log if resumes else None
-        conversation = Conversation(
+        conversation = replace(
+            self.conversation,
             messages=list(history.messages),
             sent=history.logged_messages if resumes else 0,
             context_tokens=len(token_log or ()),
             run_begin=len(history.messages),
         )
-        self._start(await self._open_session(conversation, token_log), conversation)
+        self._start(await self._open_session(conversation, token_log), conversation, self.limits)
 
     async def _open_session(
         self, conversation: Conversation, token_log: tuple[int, ...] | None
@@ -148,10 +154,52 @@ class Core(Generic[DepsT]):
         )
         return await record.begin(begun)
 
-    async def fork(self) -> Core[DepsT]:
-        """An independent copy of the conversation, which shares the model's work so far."""
+    async def take_over(self, other: Core[Any], work: Work, output_type: Any) -> None:
+        """Go on with the conversation of another agent, under this agent's instructions: in its
+        account, its journal, and told to its observers too."""
+        before = other.conversation
+        self.usage = other.usage
+        self.record = other.record
+        self.watch = other.watch.handed_over(self.watch)
+        self.conversation = replace(
+            Conversation(),
+            steps=list(before.steps),
+            compactions=list(before.compactions),
+            told=before.told,
+        )
+        first, *rest = before.messages
+        said = [part for part in first.parts if not isinstance(part, SystemPromptPart)]
+        parts = (*await self._instructions(work), *said)
+        begin = [first.model_copy(update={"parts": parts})] if parts else []
+        messages = (*begin, *rest)
+        gone = len(before.messages) - len(messages)
+        await self.open(History(messages=messages), output_type)
+        self.conversation.run_begin = max(0, before.run_begin - gone)
+
+    async def fork(self, *, shares_limits: bool = False) -> Core[DepsT]:
+        """An independent copy of the conversation, which shares the model's work so far; with
+        ``shares_limits``, what it uses counts here, under the limits that are in force here."""
         with self._exclusive():
             model_session = await self.model_session.fork()
+        if shares_limits:
+            child = self._sibling(self.context(Work(self._budgets, self._inherited())))
+            child._start(model_session, self.conversation.copy(), None)
+        else:
+            child = self._sibling(self._parent)
+            child._start(model_session, self.conversation.copy(), self.limits)
+        return child
+
+    async def _branch(
+        self, ctx: RunContext[DepsT], before: Conversation, model_mark: object
+    ) -> Core[DepsT]:
+        """A fork in the middle of a step: the conversation as it was before, as part of ``ctx``."""
+        model_session = await self.model_session.fork()
+        await model_session.rollback(model_mark)
+        child = self._sibling(ctx)
+        child._start(model_session, before.copy(), None)
+        return child
+
+    def _sibling(self, parent: RunContext[Any] | None) -> Core[DepsT]:
         child = Core(
             self.declaration,
             self.model,
@@ -159,17 +207,22 @@ class Core(Generic[DepsT]):
             settings=self.settings,
             limits=self.limits,
             on_event=self.on_event,
+            parent=parent,
         )
         child.widest = self.widest
         child.epoch = self.epoch
-        child._start(model_session, self.conversation.copy())
         return child
 
-    def _start(self, model_session: ModelSession, conversation: Conversation) -> None:
+    def _start(
+        self,
+        model_session: ModelSession,
+        conversation: Conversation,
+        limits: UsageLimits | None,
+    ) -> None:
         self._model_session = model_session
         self.conversation = conversation
-        if self.limits is not None:
-            self._budgets = (Budget.begin(self.limits, self.usage),)
+        if limits is not None:
+            self._budgets = (*self._budgets, Budget.begin(limits, self.usage))
 
     async def close(self) -> None:
         """Free the model's side; the history stays readable. Idempotent."""
@@ -231,7 +284,7 @@ class Core(Generic[DepsT]):
 
     @contextmanager
     def work(self, limits: UsageLimits | None, outer: Work | None = None) -> Iterator[Work]:
-        """Work under ``limits``, within those of ``outer`` (or the session's).
+        """Work under ``limits``, within those of ``outer`` (or the session's, or the parent's).
 
         Raises:
             DeadlineExceeded: the deadline passed inside.
@@ -241,13 +294,18 @@ class Core(Generic[DepsT]):
         if limits is not None:
             budgets = (*budgets, Budget.begin(limits, self.usage))
         with anyio.CancelScope(deadline=budget.deadline(budgets)) as scope:
-            cancellation = Cancellation(scope) if outer is None else outer.cancellation
+            around = self._inherited() if outer is None else outer.cancellation
+            own = around.scope is None  # nothing runs around this: cancelling ends this
+            cancellation = Cancellation(scope) if own else around
             yield Work(budgets, cancellation)
-        if outer is None and cancellation.reason is not None:
+        if own and cancellation.reason is not None:
             raise RunCancelled(cancellation.reason)
         if scope.cancelled_caught:
             first = min(budgets, key=lambda b: b.deadline)
             raise DeadlineExceeded(first.limits.wall_seconds or 0.0)
+
+    def _inherited(self) -> Cancellation:
+        return Cancellation() if self._parent is None else self._parent.cancellation
 
     @asynccontextmanager
     async def whole_or_not_at_all(self) -> AsyncIterator[None]:
@@ -352,6 +410,7 @@ class Core(Generic[DepsT]):
             max_retries=self.declaration.output_retries,
             deadline=budget.deadline(work.budgets),
             cancellation=work.cancellation,
+            budgets=work.budgets,
         )
 
     async def ask(self, prompt: str | None, work: Work) -> None:
@@ -367,8 +426,8 @@ class Core(Generic[DepsT]):
                 "deferred_tool_results=..., add their ToolReturnParts, or leave the last response "
                 "out"
             )
-        if not self.conversation.messages and (system := await self._instructions(work)):
-            self.conversation.ask(SystemPromptPart(content=system))
+        if not self.conversation.messages:
+            self.conversation.ask(*await self._instructions(work))
         if prompt is not None:
             guards = self.declaration.input_guards
             await check_guards(guards, self.context(work), prompt, place="input")
@@ -376,19 +435,22 @@ class Core(Generic[DepsT]):
         elif not self.conversation.has_news:
             raise UserError("nothing to answer: the model had the last word; give a prompt")
 
-    async def _instructions(self, work: Work) -> str:
-        """The agent's instructions now, or as the run's journal has them."""
-        known = None if self.record is None else await self.record.instructions(None)
+    async def _instructions(self, work: Work) -> list[SystemPromptPart]:
+        """The agent's instructions as they are now, or as the run's journal has them: one part, or
+        none."""
+        step = len(self.conversation.steps)
+        known = None if self.record is None else self.record.find(Instructions, step)
         if known is not None:
-            return known
-        texts = [
-            text if isinstance(text, str) else await call_with_ctx(text, self.context(work))
-            for text in self.declaration.instructions
-        ]
-        system = "\n\n".join(text for text in texts if text)
-        if self.record is not None:
-            await self.record.instructions(system)
-        return system
+            text = known.text
+        else:
+            texts = [
+                text if isinstance(text, str) else await call_with_ctx(text, self.context(work))
+                for text in self.declaration.instructions
+            ]
+            text = "\n\n".join(text for text in texts if text)
+            if self.record is not None:
+                await self.record.write(Instructions(step=step, text=text))
+        return [SystemPromptPart(content=text)] if text else []
 
     async def settle(self, results: DeferredToolResults, work: Work) -> StepTrace:
         """Carry out decisions about calls that wait: see :func:`settling.settle`.
@@ -402,7 +464,7 @@ class Core(Generic[DepsT]):
                     self._taker(),
                     self.conversation,
                     results,
-                    ctx=self.context(work),
+                    ctx=self._forkable(work),
                     budgets=work.budgets,
                     trace=trace,
                 )
@@ -419,6 +481,18 @@ class Core(Generic[DepsT]):
             self.record,
         )
 
+    def _forkable(self, work: Work) -> RunContext[DepsT]:
+        """The run as a step's functions see it: they may fork what was said before the step."""
+        ctx = self.context(work)
+        before, model_mark = self.conversation.copy(), self.model_session.mark()
+
+        async def fork() -> Session[DepsT, Any]:
+            from dspark_agent.session import Session  # which is made of cores
+
+            return Session(await self._branch(ctx, before, model_mark), History())
+
+        return replace(ctx, forker=fork)
+
     async def take(
         self, plan: StepPlan, work: Work, attempt: int, settled: StepTrace | None = None
     ) -> StepResult[Any]:
@@ -427,7 +501,7 @@ class Core(Generic[DepsT]):
         return await self._taker().take(
             self.conversation,
             plan,
-            ctx=self.context(work),
+            ctx=self._forkable(work),
             budgets=work.budgets,
             attempt=attempt,
             settled=settled,

@@ -6,7 +6,10 @@ Every message says what was wrong, where, and what to do about it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dspark_agent.limits import UsageLimits
 
 
 class DSparkError(Exception):
@@ -47,6 +50,34 @@ class ModelHTTPError(ModelError):
         super().__init__(message)
         self.status_code = status_code
         self.body = body
+
+
+class MCPError(DSparkError):
+    """An MCP server refused a request or failed; the root of its errors.
+
+    ``server`` names it; ``code`` is the JSON-RPC code of a refusal, None for anything else.
+    """
+
+    def __init__(self, server: str, message: str, *, code: int | None = None) -> None:
+        super().__init__(f"MCP server {server!r}: {message}")
+        self.server = server
+        self.code = code
+
+
+class MCPConnectionError(MCPError):
+    """The server could not be started or reached, died, or did not answer in time."""
+
+
+class MCPProtocolError(MCPError):
+    """The server's answer is not what the protocol, or its own schema, says it is."""
+
+
+class MCPOutputTooLarge(MCPError):  # noqa: N818 - reads as the event it reports
+    """A result was longer than ``max_output_chars``; it was dropped, not cut."""
+
+
+class MCPToolChangedError(MCPError):
+    """A tool is not what was approved: its definition has changed, or it is gone."""
 
 
 class UnexpectedModelBehavior(DSparkError):  # noqa: N818 - the name pydantic-ai's users know
@@ -98,9 +129,12 @@ class GuardrailTripped(DSparkError):  # noqa: N818 - reads as the event it repor
 
 
 class UsageLimitExceeded(DSparkError):  # noqa: N818 - the name pydantic-ai's users know
-    """A limit of :class:`~dspark_agent.UsageLimits` was reached; ``limit_name`` says which."""
+    """A limit of :class:`~dspark_agent.UsageLimits` was reached; ``limit_name`` says which, and
+    ``limits`` is the object it belongs to."""
 
-    def __init__(self, limit_name: str, *, limit: int, used: int) -> None:
+    def __init__(
+        self, limit_name: str, *, limit: int, used: int, limits: UsageLimits | None = None
+    ) -> None:
         super().__init__(
             f"{limit_name} of {limit} reached (next would be {used}); raise it in UsageLimits, "
             "or narrow the steps"
@@ -108,6 +142,7 @@ class UsageLimitExceeded(DSparkError):  # noqa: N818 - the name pydantic-ai's us
         self.limit_name = limit_name
         self.limit = limit
         self.used = used
+        self.limits = limits
 
 
 class DeadlineExceeded(DSparkError):  # noqa: N818 - reads as the event it reports

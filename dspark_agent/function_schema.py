@@ -66,9 +66,7 @@ def function_schema(
         SchemaError: naming the parameter that cannot be described, and what to do.
     """
     name = name or str(getattr(function, "__name__", type(function).__name__))
-    where = f"tool {name!r}"
-    if not name.replace("-", "_").isidentifier():
-        raise SchemaError(f"{where}: a tool's name is an identifier; pass name='...'")
+    where = checked_place(name)
     hints = _hints(function, where)
     parameters = list(inspect.signature(function).parameters.values())
     if takes_ctx is None:
@@ -90,6 +88,18 @@ def function_schema(
         adapter=adapter,
         positional=tuple(p.name for p in parameters if p.kind is p.POSITIONAL_ONLY),
     )
+
+
+def checked_place(name: str) -> str:
+    """How errors name the tool ``name``.
+
+    Raises:
+        SchemaError: no tool can have that name.
+    """
+    where = f"tool {name!r}"
+    if not name.replace("-", "_").isidentifier():
+        raise SchemaError(f"{where}: a tool's name is an identifier; pass name='...'")
+    return where
 
 
 def validation_text(error: ValidationError) -> str:

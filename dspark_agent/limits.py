@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from pydantic import BaseModel, NonNegativeInt
+from pydantic import BaseModel, NonNegativeInt, PrivateAttr
 
 from dspark_agent.errors import UsageLimitExceeded, UserError
 
@@ -19,17 +20,44 @@ class RequestUsage(BaseModel):
 
 
 class RunUsage(RequestUsage):
-    """What a run (or a session so far) has used: sums over its model turns."""
+    """What a run (or a session so far) has used: sums over its model turns.
+
+    A run that is part of another (``parent=ctx``) counts in both accounts, as it goes.
+    """
 
     requests: NonNegativeInt = 0
     tool_calls: NonNegativeInt = 0
+    _whole: RunUsage | None = PrivateAttr(default=None)
 
-    def add_turn(self, turn: RequestUsage) -> None:
-        """Count one model turn."""
-        self.requests += 1
-        self.input_tokens += turn.input_tokens
-        self.cached_tokens += turn.cached_tokens
-        self.output_tokens += turn.output_tokens
+    @classmethod
+    def part_of(cls, whole: RunUsage | None) -> RunUsage:
+        """An empty account; what is counted in it is counted in ``whole`` too."""
+        part = cls()
+        part._whole = whole
+        return part
+
+    def count_requests(self, turns: int) -> None:
+        """Count model turns, when they begin: those taken at the same time see each other."""
+        for account in self._accounts():
+            account.requests += turns
+
+    def count_tokens(self, turn: RequestUsage) -> None:
+        """Count the tokens of one model turn."""
+        for account in self._accounts():
+            account.input_tokens += turn.input_tokens
+            account.cached_tokens += turn.cached_tokens
+            account.output_tokens += turn.output_tokens
+
+    def count_tool_calls(self, calls: int) -> None:
+        """Count tool calls, before they are run."""
+        for account in self._accounts():
+            account.tool_calls += calls
+
+    def _accounts(self) -> Iterator[RunUsage]:
+        account: RunUsage | None = self
+        while account is not None:
+            yield account
+            account = account._whole
 
     def since(self, earlier: RunUsage) -> RunUsage:
         """What was used after ``earlier`` was copied from this account."""
@@ -66,18 +94,24 @@ class UsageLimits:
         """Raise :class:`UsageLimitExceeded` unless one more model turn is allowed."""
         if self.request_limit is not None and used.requests >= self.request_limit:
             raise UsageLimitExceeded(
-                "request_limit", limit=self.request_limit, used=used.requests + 1
+                "request_limit", limit=self.request_limit, used=used.requests + 1, limits=self
             )
         if self.output_tokens_limit is not None and used.output_tokens >= self.output_tokens_limit:
             raise UsageLimitExceeded(
-                "output_tokens_limit", limit=self.output_tokens_limit, used=used.output_tokens + 1
+                "output_tokens_limit",
+                limit=self.output_tokens_limit,
+                used=used.output_tokens + 1,
+                limits=self,
             )
 
     def check_tool_calls(self, used: RunUsage, calls: int) -> None:
         """Raise :class:`UsageLimitExceeded` unless ``calls`` more tool calls are allowed."""
         if self.tool_calls_limit is not None and used.tool_calls + calls > self.tool_calls_limit:
             raise UsageLimitExceeded(
-                "tool_calls_limit", limit=self.tool_calls_limit, used=used.tool_calls + calls
+                "tool_calls_limit",
+                limit=self.tool_calls_limit,
+                used=used.tool_calls + calls,
+                limits=self,
             )
 
     def output_tokens_left(self, used: RunUsage) -> int | None:

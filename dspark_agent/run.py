@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -11,13 +11,21 @@ from typing_extensions import TypeVar
 from dspark_agent.context import DepsT
 from dspark_agent.core import Core, Work
 from dspark_agent.deferred import DeferredToolRequests, DeferredToolResults
+from dspark_agent.delegation import Handoff
 from dspark_agent.errors import UserError
 from dspark_agent.events import ContextCompacted
 from dspark_agent.history import History
 from dspark_agent.limits import RunUsage, UsageLimits
-from dspark_agent.messages import ModelRequest, ModelResponse, ToolCallPart, open_calls
+from dspark_agent.messages import (
+    ModelRequest,
+    ModelResponse,
+    RequestPart,
+    ToolCallPart,
+    ToolReturnPart,
+    open_calls,
+)
 from dspark_agent.settings import ModelSettings
-from dspark_agent.step import UNSET, StepResult, Unset
+from dspark_agent.step import UNSET, StepPlan, StepResult, Unset
 from dspark_agent.timeline import Timeline, timeline_of
 from dspark_agent.trace import StepTrace
 
@@ -31,7 +39,8 @@ class RunResult(Generic[OutT_co]):
     ``usage`` is what it used; ``steps`` its model turns, each with its metrics; ``history`` the
     whole conversation, to go on from. ``compactions`` say when it was shortened to fit the model's
     context, and hold what was left out. ``interrupted`` are calls that an earlier process had begun
-    and not ended, and that were run again.
+    and not ended, and that were run again. ``agent_name`` says whose output it is: the agent's, or
+    that of the one it was handed over to last.
     """
 
     output: OutT_co
@@ -41,6 +50,7 @@ class RunResult(Generic[OutT_co]):
     new_from: int
     compactions: tuple[ContextCompacted, ...] = ()
     interrupted: tuple[ToolCallPart, ...] = ()
+    agent_name: str = ""
 
     def all_messages(self) -> list[ModelRequest | ModelResponse]:
         """The whole conversation, the history that the run started from included; where it was
@@ -77,8 +87,10 @@ class AgentRun(Generic[DepsT, OutT_co]):
         prompt: str | None,
         output_type: Any = UNSET,
         results: DeferredToolResults | None = None,
+        successor: Callable[[Handoff[DepsT]], Core[Any]] | None = None,
     ) -> None:
         self._core = core
+        self._successor = successor
         self._work = work
         self._prompt = prompt
         self._output_type = output_type
@@ -95,6 +107,11 @@ class AgentRun(Generic[DepsT, OutT_co]):
     def is_done(self) -> bool:
         """Whether a step gave the output."""
         return self._output is not UNSET
+
+    @property
+    def core(self) -> Core[DepsT]:
+        """The conversation of the agent that is at work now."""
+        return self._core
 
     @property
     def steps(self) -> tuple[StepResult[Any], ...]:
@@ -124,6 +141,7 @@ class AgentRun(Generic[DepsT, OutT_co]):
             new_from=core.conversation.run_begin,
             compactions=tuple(core.conversation.compactions[self._first_compaction :]),
             interrupted=() if core.record is None else tuple(core.record.interrupted),
+            agent_name=core.declaration.name,
         )
 
     def __aiter__(self) -> AsyncIterator[StepResult[OutT_co]]:
@@ -154,17 +172,24 @@ class AgentRun(Generic[DepsT, OutT_co]):
         """
         if self.is_done:
             raise UserError("the run is done; read its result")
-        core = self._core
-        own = self._output_type is UNSET
-        plan = core.plan(
-            output_type=self._output_type,
-            tools=tuple(core.runner.tools) if tools is None and not own else tools,
-            tool_choice=tool_choice,
-            args=args,
-            settings=settings,
-        )
-        with core.work(limits, self._work) as work:
+
+        def planned() -> StepPlan:
+            core, own = self._core, self._output_type is UNSET
+            return core.plan(
+                output_type=self._output_type,
+                tools=tuple(core.runner.tools) if tools is None and not own else tools,
+                tool_choice=tool_choice,
+                args=args,
+                settings=settings,
+            )
+
+        plan = planned()
+        with self._core.work(limits, self._work) as work:
+            before = self._core
             settled = await self._settle(work)
+            core = self._core
+            if core is not before:
+                plan = planned()
 
             async def turns() -> StepResult[Any]:
                 if not self._asked:
@@ -177,6 +202,7 @@ class AgentRun(Generic[DepsT, OutT_co]):
         refused = result.retry_reason is not None and (finals or not result.tool_calls)
         self._attempt = self._attempt + 1 if refused else 1
         if not result.is_final:
+            await self._hand_over(result.tool_calls, result.tool_results)
             return result
         if self._decisions() is None:  # else the next step carries them out
             self._output = result.value
@@ -190,6 +216,10 @@ class AgentRun(Generic[DepsT, OutT_co]):
             return None
         settled = await self._core.settle(results, work)
         self._results = None
+        response, request = self._core.conversation.messages[-2:]
+        assert isinstance(response, ModelResponse)
+        assert isinstance(request, ModelRequest)
+        await self._hand_over(response.tool_calls, request.parts)
         return settled
 
     def _decisions(self) -> DeferredToolResults | None:
@@ -204,3 +234,39 @@ class AgentRun(Generic[DepsT, OutT_co]):
         record = self._core.record
         if record is not None and not isinstance(self._output, DeferredToolRequests):
             await record.end()
+
+    async def _hand_over(
+        self, calls: Sequence[ToolCallPart], results: Sequence[RequestPart]
+    ) -> None:
+        """Go on with the agent of the first handoff that was called and went through, if any."""
+        before = self._core
+        handoff = _handoff(before, calls, results)
+        if handoff is None:
+            return
+        if self._successor is None:
+            raise UserError(
+                f"{handoff.name}: a session stays with its agent; hand over in Agent.run instead"
+            )
+        after = self._successor(handoff)
+        try:
+            await after.take_over(before, self._work, self._output_type)
+        except BaseException:
+            await after.close()
+            raise
+        self._core = after
+        await before.close()
+
+
+def _handoff(
+    core: Core[DepsT], calls: Sequence[ToolCallPart], results: Sequence[RequestPart]
+) -> Handoff[DepsT] | None:
+    done = {
+        part.tool_call_id
+        for part in results
+        if isinstance(part, ToolReturnPart) and part.outcome == "success"
+    }
+    for call in calls:
+        tool = core.runner.tools.get(call.tool_name)
+        if isinstance(tool, Handoff) and call.tool_call_id in done:
+            return tool
+    return None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Generic, TypedDict
+from typing import Any, Generic, TypedDict
 
-from dspark_agent.context import DepsT
+from dspark_agent.context import DepsT, RunContext
 from dspark_agent.deferred import DeferredToolResults
 from dspark_agent.history import History
 from dspark_agent.journal.base import Journal
@@ -22,7 +22,8 @@ class ResumeOptions(TypedDict, Generic[DepsT], total=False):
     ``deps``: what tools find in ``ctx.deps``. ``limits``: instead of the agent's. ``model`` and
     ``model_settings``: instead of, and over, the agent's. ``on_event``: called (and awaited) with
     every event. ``deferred_tool_results``: decisions about the calls that the message history or
-    the journal left waiting.
+    the journal left waiting. ``parent``: the context of the run that this one is part of, inside a
+    tool: its limits, deadline and cancellation hold here too, and what is used here counts there.
     """
 
     deps: DepsT
@@ -31,6 +32,7 @@ class ResumeOptions(TypedDict, Generic[DepsT], total=False):
     model_settings: ModelSettings | None
     on_event: EventHandler | None
     deferred_tool_results: DeferredToolResults | None
+    parent: RunContext[Any] | None
 
 
 class RunOptions(ResumeOptions[DepsT], total=False):

@@ -246,12 +246,14 @@ class Session(Generic[DepsT, OutT]):
         """Forget everything since ``mark`` (what tools did outside stays done)."""
         await self._core.rollback(mark.conversation, mark.model_mark, mark.epoch)
 
-    async def fork(self) -> Session[DepsT, OutT]:
+    async def fork(self, *, shares_limits: bool = False) -> Session[DepsT, OutT]:
         """An independent session that starts with all that was said in this one.
 
         On the embedded model it shares this one's KV. Close it, or use it with ``async with``.
+        With ``shares_limits`` what it uses counts in this session's ``usage`` too, and this
+        session's limits and deadline hold for it; without, the limits begin anew.
         """
-        return Session(await self._core.fork(), self._history)
+        return Session(await self._core.fork(shares_limits=shares_limits), self._history)
 
     async def close(self) -> None:
         """Free what the session holds in the model. Idempotent."""

@@ -51,7 +51,8 @@ async def settle(
     approved = {place: v for place, v in enumerate(verdicts) if isinstance(v, Approved)}
     for verdict in approved.values():
         _check_arguments(taker.runner, verdict)
-    budget.check_tool_calls(budgets, taker.usage, len(approved))
+    budget.check_tool_calls(budgets, len(approved))
+    taker.usage.count_tool_calls(len(approved))
     step, places = len(conversation.steps), list(approved)
     if taker.record is not None:
         await taker.record.decide(step - 1, results)
@@ -70,7 +71,6 @@ async def settle(
         ledger=None if taker.record is None else taker.record.calls_of(step - 1, approved=True),
         watch=partial(taker.watch.tool, trace),
     )
-    taker.usage.tool_calls += len(outcomes)
     parts: list[ToolPart] = [v for v in verdicts if not isinstance(v, Approved)]
     for place, outcome in zip(places, outcomes, strict=True):
         assert not isinstance(outcome, AwaitsApproval)

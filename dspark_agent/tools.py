@@ -14,6 +14,7 @@ import anyio.to_thread
 from dspark_agent.context import DepsT_contra, RunContext
 from dspark_agent.errors import UserError
 from dspark_agent.function_schema import FunctionSchema, function_schema
+from dspark_agent.given_schema import given_schema
 
 ApprovalRule = bool | Callable[..., bool | Awaitable[bool]]
 """Whether calls of a tool need approval: all, none, or those that ``(ctx, args)`` says."""
@@ -40,6 +41,8 @@ class Tool(Generic[DepsT_contra]):
         name: what the model calls it; the function's own name by default.
         description: the docstring's text by default.
         takes_ctx: whether the first parameter is the context; None looks at its annotation.
+        parameters: a JSON Schema of type object in place of the signature's: the function takes
+            what fits it as keywords. ``name`` and ``description`` are then given, too.
         retries: how often in a row it may ask for a retry; None takes the agent's.
         timeout: seconds one call may take; None takes the agent's ``tool_timeout``.
         sequential: never run at the same time as another call of the same step.
@@ -58,6 +61,7 @@ class Tool(Generic[DepsT_contra]):
         name: str | None = None,
         description: str | None = None,
         takes_ctx: bool | None = None,
+        parameters: Mapping[str, Any] | None = None,
         retries: int | None = None,
         timeout: float | None = None,
         sequential: bool = False,
@@ -65,8 +69,12 @@ class Tool(Generic[DepsT_contra]):
         idempotent: bool = False,
     ) -> None:
         self.function = function
-        self.schema: FunctionSchema = function_schema(
-            function, name=name, description=description, takes_ctx=takes_ctx
+        self.schema: FunctionSchema = (
+            function_schema(function, name=name, description=description, takes_ctx=takes_ctx)
+            if parameters is None
+            else given_schema(
+                parameters, name=name, description=description or "", takes_ctx=bool(takes_ctx)
+            )
         )
         self.name = self.schema.name
         if self.name in RESERVED_NAMES:

@@ -14,7 +14,7 @@ from dspark_agent.budget import Budget
 from dspark_agent.context import DepsT, RunContext
 from dspark_agent.conversation import Conversation
 from dspark_agent.deferred import AwaitsApproval, DeferredToolRequests
-from dspark_agent.errors import UserError
+from dspark_agent.errors import ContextLengthError, UserError
 from dspark_agent.events import StepEnd, StepStart, ToolResult
 from dspark_agent.execution import CallOutcome, ToolPart, ToolRunner
 from dspark_agent.hooks import Hooks
@@ -80,16 +80,16 @@ class TurnTaker(Generic[DepsT]):
     ) -> StepResult[Any]:
         index, attempt = trace.index, trace.attempt
         relay = EventRelay(self.handler, index, plan.output, trace)
-        budget.check_request(budgets, self.usage)
+        budget.check_request(budgets)
         self._check_can_pause(plan)
         turn = await hooks.before_model(self.hooks, ctx, self._turn(conversation, plan, budgets))
         await relay.send(StepStart(index, plan.kind, attempt))
         trace.is_replayed = isinstance(self.model, RecordedSession) and self.model.is_recorded
         with self.watch.turn(trace, conversation.unsent, turn):
-            response = await self.model.step(conversation.unsent, turn, relay.on_model)
+            response = await self._response(conversation, turn, relay)
             trace.response, trace.model_ended = response, time.perf_counter()
         conversation.heard(response)
-        self.usage.add_turn(response.usage)
+        self.usage.count_tokens(response.usage)
         ctx = replace(ctx, messages=tuple(conversation.messages))
         await hooks.after_model(self.hooks, ctx, response)
 
@@ -127,6 +127,17 @@ class TurnTaker(Generic[DepsT]):
         await relay.send(StepEnd(index, result))
         return result
 
+    async def _response(
+        self, conversation: Conversation, turn: ModelTurn, relay: EventRelay
+    ) -> ModelResponse:
+        """What the model writes; a turn that does not fit into its window was none."""
+        self.usage.count_requests(1)
+        try:
+            return await self.model.step(conversation.unsent, turn, relay.on_model)
+        except ContextLengthError:
+            self.usage.count_requests(-1)
+            raise
+
     def _check_can_pause(self, plan: StepPlan) -> None:
         """Find a pause that the output type has no place for before anything is asked or run."""
         if plan.output.allow_deferred:
@@ -143,7 +154,7 @@ class TurnTaker(Generic[DepsT]):
         if plan.needs_call and not tools:
             tools = plan.tools  # the step's only way on stays open
         settings = _settings(conversation, plan.settings)
-        limit = budget.output_tokens_left(budgets, self.usage)
+        limit = budget.output_tokens_left(budgets)
         if limit is not None:
             settings["max_tokens"] = min(limit, settings.get("max_tokens", limit))
         return replace(replace(plan, tools=tools).turn, settings=settings)
@@ -204,7 +215,8 @@ class TurnTaker(Generic[DepsT]):
     ) -> list[CallOutcome]:
         assert trace.response is not None
         calls = [trace.response.tool_calls[place] for place in places]
-        budget.check_tool_calls(budgets, self.usage, len(calls))
+        budget.check_tool_calls(budgets, len(calls))
+        self.usage.count_tool_calls(len(calls))
         notes = conversation.repeats.record(calls)
 
         async def on_result(index: int, part: ToolPart, seconds: float) -> None:
@@ -220,7 +232,8 @@ class TurnTaker(Generic[DepsT]):
             ledger=None if self.record is None else self.record.calls_of(relay.step),
             watch=partial(self.watch.tool, trace),
         )
-        self.usage.tool_calls += sum(not isinstance(o, AwaitsApproval) for o in outcomes)
+        waiting = sum(isinstance(outcome, AwaitsApproval) for outcome in outcomes)
+        self.usage.count_tool_calls(-waiting)
         return [
             outcome
             if isinstance(outcome, AwaitsApproval)

@@ -22,6 +22,7 @@ from dspark_agent import (
     History,
     JsonSchema,
     ModelNotFoundError,
+    RunContext,
     SchemaError,
     SqliteJournal,
     StepEnd,
@@ -398,3 +399,31 @@ def test_an_engine_from_outside_stays_open_and_an_own_one_does_not(engine: Engin
     engine.open_session().close()
     names = [thread.name for thread in threading.enumerate()]
     assert names.count("dspark-engine") == 1
+
+
+@pytest.mark.anyio
+async def test_a_tool_forks_the_run_and_computes_nothing_again(model: DSparkModel) -> None:
+    answers: list[str] = []
+    new: list[int] = []
+
+    async def consider(ctx: RunContext[object]) -> str:
+        """Consider the question."""
+        async with await ctx.fork() as fork:
+            step = await fork.step("Answer with one word.", tools=[])
+            answers.append(step.output)
+            new.append(step.metrics.prefill_new_tokens)
+        return "considered"
+
+    agent = Agent(model, instructions="You answer questions. " * 20, tools=[consider])
+    async with agent.session() as session:
+        hello = await session.step("Say hello.", tools=[], settings={"max_tokens": 4})
+        asked = await session.step("Is the sky blue?", tool_choice="consider")
+        assert asked.tool_result == "considered"
+        assert answers
+        assert answers[0]
+        # The instructions, the tools and the first turn were there already.
+        begin = hello.response.usage.input_tokens
+        assert new[0] < 60 < begin
+        again = await session.step("Say hello again.", tools=[], settings={"max_tokens": 4})
+        assert again.metrics.prefill_cached_tokens > begin
+        assert session.usage.requests == 4

@@ -16,13 +16,28 @@ def used(**counts: int) -> RunUsage:
 
 def test_a_run_adds_up_its_turns() -> None:
     usage = RunUsage()
-    usage.add_turn(RequestUsage(input_tokens=10, cached_tokens=4, output_tokens=2))
+    usage.count_requests(1)
+    usage.count_tokens(RequestUsage(input_tokens=10, cached_tokens=4, output_tokens=2))
     earlier = usage.model_copy()
-    usage.add_turn(RequestUsage(input_tokens=20, cached_tokens=12, output_tokens=3))
+    usage.count_requests(1)
+    usage.count_tokens(RequestUsage(input_tokens=20, cached_tokens=12, output_tokens=3))
     assert usage == used(requests=2, input_tokens=30, cached_tokens=16, output_tokens=5)
     assert usage.since(earlier) == used(
         requests=1, input_tokens=20, cached_tokens=12, output_tokens=3
     )
+
+
+def test_a_part_counts_in_the_whole_as_it_goes() -> None:
+    whole = used(requests=1)
+    part = RunUsage.part_of(whole)
+    inner = RunUsage.part_of(part)
+    inner.count_requests(1)
+    inner.count_tokens(RequestUsage(input_tokens=7, output_tokens=2))
+    part.count_tool_calls(3)
+    assert inner.since(RunUsage()) == used(requests=1, input_tokens=7, output_tokens=2)
+    assert part.since(RunUsage()) == used(requests=1, input_tokens=7, output_tokens=2, tool_calls=3)
+    assert whole == used(requests=2, input_tokens=7, output_tokens=2, tool_calls=3)
+    assert RunUsage.model_validate_json(inner.model_dump_json()) == inner.since(RunUsage())
 
 
 @pytest.mark.parametrize(
@@ -60,15 +75,23 @@ def test_negative_limits_are_refused() -> None:
 
 
 def test_budgets_count_from_where_they_began() -> None:
-    session = Budget(UsageLimits(request_limit=5, output_tokens_limit=100), RunUsage(), 50.0)
-    run = Budget(
-        UsageLimits(request_limit=2, repeat_call_limit=3), used(requests=3), deadline=math.inf
+    account = used(requests=3)
+    session = Budget(
+        UsageLimits(request_limit=5, output_tokens_limit=100), account, RunUsage(), 50.0
     )
+    limits = UsageLimits(request_limit=2, repeat_call_limit=3)
+    run = Budget(limits, account, account.model_copy(), math.inf)
     budgets = (session, run)
-    budget.check_request(budgets, used(requests=4))
-    with pytest.raises(UsageLimitExceeded):
-        budget.check_request(budgets, used(requests=5))
-    assert budget.output_tokens_left(budgets, used(requests=3, output_tokens=70)) == 30
+    account.count_requests(1)
+    budget.check_request(budgets)
+    account.count_requests(1)
+    with pytest.raises(UsageLimitExceeded, match="request_limit of 5"):
+        budget.check_request(budgets)
+    with pytest.raises(UsageLimitExceeded) as caught:
+        budget.check_request((run,))
+    assert caught.value.limits is limits
+    account.count_tokens(RequestUsage(output_tokens=70))
+    assert budget.output_tokens_left(budgets) == 30
     assert budget.deadline(budgets) == 50.0
     assert budget.repeat_call_limit(budgets) == 3
     assert budget.repeat_call_limit(()) == UsageLimits().repeat_call_limit

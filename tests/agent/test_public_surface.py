@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,17 +16,17 @@ SURFACE = (
     "Agent AgentEvent AgentRun ApprovalRequired Compaction ContextCompacted "
     "ContextLengthError DSparkError DSparkModel DeadlineExceeded DeferredToolRequests "
     "DeferredToolResults EventStream FinishReason FunctionModel FunctionToolset "
-    "GuardrailTripped History Hooks Journal JournalError JournalLockedError JsonSchema Model "
-    "ModelError ModelHTTPError ModelMessage ModelMessagesTypeAdapter ModelNotFoundError "
-    "ModelRequest ModelResponse ModelRetry ModelSession ModelSettings ModelTurn NativeOutput "
-    "OpenAIModel OutputError PartialOutput PromptedOutput Recording RequestUsage "
-    "RetryPromptPart RunCancelled RunContext RunResult RunUsage SchemaError Session "
-    "SessionClosedError SqliteJournal StepEnd StepKind StepMetrics StepResult StepStart "
-    "SystemPromptPart TestModel TextDelta TextOutput TextPart Timeline Tool ToolApproved "
-    "ToolCallDelta ToolCallEnd ToolCallPart ToolCallStart ToolDefinition ToolDenied "
-    "ToolFailed ToolInterruptedError ToolOutput ToolResult ToolRetriesExceeded ToolReturnPart "
-    "UnexpectedModelBehavior UsageLimitExceeded UsageLimits UserError UserPromptPart "
-    "infer_model tool"
+    "GuardrailTripped Handoff History Hooks Journal JournalError JournalLockedError "
+    "JsonSchema Model ModelError ModelHTTPError ModelMessage ModelMessagesTypeAdapter "
+    "ModelNotFoundError ModelRequest ModelResponse ModelRetry ModelSession ModelSettings "
+    "ModelTurn NativeOutput OpenAIModel OutputError PartialOutput PromptedOutput Recording "
+    "RequestUsage RetryPromptPart RunCancelled RunContext RunResult RunUsage SchemaError "
+    "Session SessionClosedError SqliteJournal StepEnd StepKind StepMetrics StepResult "
+    "StepStart SystemPromptPart TestModel TextDelta TextOutput TextPart Timeline Tool "
+    "ToolApproved ToolCallDelta ToolCallEnd ToolCallPart ToolCallStart ToolDefinition "
+    "ToolDenied ToolFailed ToolInterruptedError ToolOutput ToolResult ToolRetriesExceeded "
+    "ToolReturnPart UnexpectedModelBehavior UsageLimitExceeded UsageLimits UserError "
+    "UserPromptPart fan_out infer_model tool"
 )
 NAMES = SURFACE.split(" ")
 
@@ -33,6 +35,48 @@ def test_the_surface_is_these_names() -> None:
     assert dspark_agent.__all__ == NAMES
     for name in NAMES:
         assert getattr(dspark_agent, name) is not None
+
+
+MCP_SURFACE = (
+    "Elicitation MCPConnectionError MCPError MCPOutputTooLarge MCPProtocolError MCPResource "
+    "MCPServer MCPServerHTTP MCPServerStdio MCPToolChangedError Sampling ToolApprovals ToolChange"
+)
+
+
+def test_the_surface_of_mcp_is_these_names() -> None:
+    mcp = importlib.import_module("dspark_agent.mcp")
+    assert mcp.__all__ == MCP_SURFACE.split(" ")
+    for name in mcp.__all__:
+        assert inspect.getdoc(getattr(mcp, name))
+        assert issubclass(getattr(mcp, name), dspark_agent.DSparkError) is name.startswith(
+            ("MCPC", "MCPE", "MCPO", "MCPP", "MCPT")
+        )
+
+
+def test_without_the_mcp_package_its_extra_is_named() -> None:
+    code = """
+import sys
+sys.modules["mcp"] = None
+try:
+    import dspark_agent.mcp
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "install it with the extra: pip install -c constraints.txt -e '.[mcp]'" in done.stdout
+
+
+def test_every_public_name_has_its_place_in_the_reference() -> None:
+    pages = Path(__file__).parents[2] / "docs" / "api"
+    found = [
+        line.removeprefix("::: ")
+        for page in sorted(pages.glob("*.md"))
+        for line in page.read_text().splitlines()
+        if line.startswith("::: ")
+    ]
+    aliases = {"AgentEvent", "ModelMessage"}  # unions of what is shown
+    own = {f"dspark_agent.{name}" for name in NAMES if name not in aliases}
+    assert sorted(found) == sorted(own | {f"dspark_agent.mcp.{n}" for n in MCP_SURFACE.split(" ")})
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
