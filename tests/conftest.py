@@ -15,10 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dspark_backend.catalog import ModelFiles, resolve
 from dspark_backend.catalog.files import folder_identity
-from dspark_backend.catalog.home import delete
+from dspark_backend.catalog.home import delete, derived_folders
 from dspark_backend.checkpoint.config import TargetConfig
 from dspark_backend.checkpoint.layout import tensor_shapes
-from dspark_backend.target.quantised import quantised_folder
 
 TinyCheckpoint = Callable[..., Path]
 
@@ -95,9 +94,10 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyCh
         return made[key]
 
     yield make
-    # Loading one in int8 leaves its quantised form in the user's cache: that goes with the folder.
+    # Loading one leaves its quantised form and its cost in the user's cache: they go with it.
     for folder in made.values():
-        delete(quantised_folder(folder_identity(folder)))
+        for derived in derived_folders(folder_identity(folder)):
+            delete(derived)
 
 
 def _config(family: str, fields: dict[str, Any]) -> dict[str, Any]:

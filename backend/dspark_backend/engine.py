@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from dspark_backend.catalog import ModelFiles, ProgressSink, resolve
+from dspark_backend.catalog.files import folder_identity
 from dspark_backend.checkpoint.config import TargetConfig
+from dspark_backend.cost_measure import kept_or_measured
 from dspark_backend.drafter.drafter import DSparkDrafter
 from dspark_backend.drafter.shipped import shipped_drafter
 from dspark_backend.errors import (
@@ -32,6 +34,8 @@ from dspark_backend.running import RunningStep
 from dspark_backend.scheduler import Limits
 from dspark_backend.session import Session
 from dspark_backend.speculation.budget import Budget
+from dspark_backend.speculation.cost import CostModel
+from dspark_backend.speculation.cost_store import check_conditions, conditions_here, keep
 from dspark_backend.speculation.protocol import Drafter
 from dspark_backend.target.decoder import Decoder
 from dspark_backend.target.load import load_decoder
@@ -62,9 +66,10 @@ class Engine:
         limits: Limits,
         drafter: Drafter | None = None,
         budget: Budget | None = None,
+        cost: CostModel | None = None,
     ) -> None:
         """``drafter`` turns speculation on; ``budget`` says how much of a block is verified, the
-        whole of it when left out."""
+        whole of it when left out; ``cost`` what passes and drafts take on this machine."""
         self.files = files
         self.name = files.name
         self.config: TargetConfig = files.config
@@ -73,6 +78,7 @@ class Engine:
         self.threads = threads
         self.max_context = decoder.max_positions
         self.speculative = drafter is not None
+        self.cost = cost
         self.lock = threading.RLock()
         draft_shape = None if drafter is None else drafter.context_shape
         self._pool = SequencePool(decoder.kv_shape, draft_shape, kv_bytes)
@@ -96,6 +102,7 @@ class Engine:
         speculation: bool | None = None,
         drafter: str | Path | None = None,
         budget: Budget | None = None,
+        cost: CostModel | None = None,
         progress: ProgressSink | None = None,
     ) -> Engine:
         """Fetch (if needed), map and start a model.
@@ -106,13 +113,15 @@ class Engine:
         ``kv_bytes``: memory granted to keys and values of all sessions. ``speculation``: False
         decodes plainly, True drafts with ``drafter`` (a checkpoint folder) or the one that ships
         for this model, None does so if there is one. ``budget`` bounds what is verified of a
-        block. The output is the same in all cases.
+        block. ``cost`` foresees the seconds of passes and drafts; None takes what was measured on
+        this machine before, or measures it (two seconds) if there is something to speculate with.
+        The output is the same in all cases.
 
         Raises:
             ModelNotFoundError, DownloadError, ModelFormatError: no such model, no way to get it,
                 or not one that this engine runs.
-            RequestError: an unknown precision, a number out of range, or speculation without a
-                drafter.
+            RequestError: an unknown precision, a number out of range, speculation without a
+                drafter, or a cost that was measured under other conditions than these.
         """
 
         def build() -> Engine:
@@ -131,9 +140,17 @@ class Engine:
                 raise RequestError(f"threads must be at least 1, not {workers}")
             decoder = load_decoder(files, chosen, context, progress)
             decoder.warm()
-            drafting = _drafter(files, speculation, drafter, context)
+            folder = _drafter_folder(files, speculation, drafter)
+            drafting = None if folder is None else DSparkDrafter.load(folder, files, context)
+            identity = None if folder is None else folder_identity(folder)
+            conditions = conditions_here(files.source_sha, chosen.value, workers, identity)
+            known = cost
+            if known is not None:
+                check_conditions(known.table, conditions)
+            elif drafting is not None:
+                known = kept_or_measured(decoder, drafting, conditions)
             bounds = limits or Limits()
-            return cls(files, decoder, chosen, workers, kv_bytes, bounds, drafting, budget)
+            return cls(files, decoder, chosen, workers, kv_bytes, bounds, drafting, budget, known)
 
         return _apart(build)
 
@@ -199,6 +216,8 @@ class Engine:
             for session in list(self._sessions):
                 session.close()
             self._pool.clear()
+        if self.cost is not None and self.cost.table.conditions is not None and self.cost.drifted:
+            keep(self.cost.current())
 
     def __enter__(self) -> Engine:
         return self
@@ -326,9 +345,10 @@ def _apart(build: Callable[[], T]) -> T:
     return built[0]
 
 
-def _drafter(
-    files: ModelFiles, speculation: bool | None, folder: str | Path | None, max_positions: int
-) -> Drafter | None:
+def _drafter_folder(
+    files: ModelFiles, speculation: bool | None, folder: str | Path | None
+) -> Path | None:
+    """Where the drafter to use is; None for plain decoding."""
     if speculation is False:
         return None
     found = shipped_drafter(files.name) if folder is None else Path(folder)
@@ -337,9 +357,7 @@ def _drafter(
             f"no drafter ships for {files.name}: name a drafter's folder, or load with "
             "speculation=None to decode plainly where there is none"
         )
-    if found is None:
-        return None
-    return DSparkDrafter.load(found, files, max_positions)
+    return found
 
 
 def _words(vocab_size: int) -> int:

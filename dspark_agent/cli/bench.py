@@ -188,6 +188,32 @@ def overhead(
     _write(report, json_file)
 
 
+@app.command()
+def cost(
+    model: Model,
+    json_file: Json,
+    drafter: Drafter = None,
+    precision: Precision = None,
+    threads: Threads = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="For the table's repetitions.")] = 10.0,
+) -> None:
+    """Seconds of a pass and of a draft by their size; kept for this machine. A plot beside it."""
+    from dspark_backend.bench.cost import CostSettings, plot_cost, run_cost
+    from dspark_backend.bench.table import cost_table
+
+    settings = CostSettings(
+        model=model, precision=precision, threads=threads, drafter=drafter, seconds=seconds
+    )
+    _writable(json_file)
+    with model_bars() as downloads:
+        report = run_cost(settings, progress=downloads)
+    out().print(cost_table(report))
+    _write(report, json_file)
+    plot = json_file.with_suffix(".png")
+    plot_cost(report, plot)
+    err().print(f"[note]wrote {plot}[/]")
+
+
 @contextmanager
 def _counter(what: str) -> Iterator[Counted]:
     """A bar that counts ``what``, drawn from the first report on."""

@@ -48,7 +48,16 @@ def train(
     first: Annotated[
         list[str] | None, typer.Option(help="A source to answer first; may be repeated.")
     ] = None,
+    recorded: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, help="Rollouts from elsewhere, as well; may be repeated."),
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of the rollouts.")] = 0.7,
+    constrained: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Share of the prompts with tools that must be a call."),
+    ] = 0.5,
+    max_prompt: Annotated[int, typer.Option(min=1, help="Longer prompts are left out.")] = 512,
     max_answer: Annotated[int, typer.Option(min=2, help="Tokens an answer has at most.")] = 256,
     sessions: Annotated[int, typer.Option(min=1, help="Answers written at once.")] = 32,
     steps: Annotated[int, typer.Option(min=1)] = 1500,
@@ -84,10 +93,15 @@ def train(
         draft_vocab=draft_vocab or None,
         held_out=held_out,
         first_sources=tuple(first or ()),
+        recorded=tuple(recorded or ()),
         answer_tokens=answer_tokens,
         held_out_tokens=held_out_tokens,
         rollout=RolloutConfig(
-            temperature=temperature, max_answer_tokens=max_answer, sessions=sessions
+            temperature=temperature,
+            max_prompt_tokens=max_prompt,
+            max_answer_tokens=max_answer,
+            sessions=sessions,
+            constrained=constrained,
         ),
         trainer=TrainerConfig(
             steps=steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,6 +62,32 @@ def test_overhead_writes_json_and_a_table(
     assert "thread_tool" in shown.out
 
 
+def test_cost_writes_json_a_table_and_a_plot(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "cost.json"
+    arguments = [
+        "--model",
+        str(tiny_checkpoint("llama")),
+        "--precision",
+        "bf16",
+        "--seconds",
+        "0.1",
+    ]
+    assert main(["bench", "cost", *arguments, "--threads", "1", "--json", str(report)]) == 0
+    document = json.loads(report.read_text())
+    table = document["table"]
+    assert table["rows"][0] == 1
+    assert len(table["verify_s"]) == len(table["rows"])
+    assert table["conditions"]["threads"] == 1
+    assert all(check["predicted_s"] > 0 < check["measured_s"] for check in document["checks"])
+    shown = capsys.readouterr()
+    assert "16 rows" in shown.out
+    assert "a further request" in shown.out
+    width, height = struct.unpack(">II", (tmp_path / "cost.png").read_bytes()[16:24])
+    assert (width, height) == (640, 480)
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -70,8 +97,9 @@ def test_overhead_writes_json_and_a_table(
         (["steps", "--trace", "no-such-trace"], "none ships by that name (coding"),
         (["quality", "--text", "no-such-text"], "no-such-text"),
         (["quality", "--precision", "int3"], "int3"),
+        (["cost", "--precision", "int3"], "int3"),
     ],
-    ids=["prompts", "speculation", "drafter", "trace", "text", "precision"],
+    ids=["prompts", "speculation", "drafter", "trace", "text", "precision", "cost"],
 )
 def test_a_mistake_is_one_line_and_leaves_no_report(
     arguments: list[str],

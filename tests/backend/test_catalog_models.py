@@ -223,7 +223,7 @@ def test_list_and_remove(empty_home: Path, tiny_gguf: MakeFile) -> None:
     files = resolve(str(source))
     mine = list_models()[-1]
     assert (mine.name, mine.known, mine.present) == (str(source), None, True)
-    derived = empty_home / "int8" / files.source_sha
+    derived = empty_home / "int8-panels" / files.source_sha
     derived.mkdir(parents=True)
     (derived / "weights").write_bytes(bytes(1000))
     mine = list_models()[-1]
@@ -240,7 +240,7 @@ def test_what_was_derived_from_a_local_folder_is_removed_but_not_the_folder(
     empty_home: Path, tiny_checkpoint: MakeFile
 ) -> None:
     folder = tiny_checkpoint("llama")
-    derived = empty_home / "int8" / resolve(str(folder)).source_sha
+    derived = empty_home / "int8-panels" / resolve(str(folder)).source_sha
     derived.mkdir(parents=True)
     (derived / "weights").write_bytes(bytes(1000))
     assert remove(str(folder)) == 1000

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from dspark_backend.processor import processor, usable_cores
+
 _PACKAGES = ("dspark-agent", "torch", "transformers", "llguidance", "llama-cpp-python")
 
 
@@ -30,7 +32,7 @@ class HostFacts(BaseModel):
 
 def host_facts() -> HostFacts:
     """Reads the facts of this host; nothing that names the machine or its user is among them."""
-    cpu, flags = _cpu()
+    cpu, flags = processor()
     return HostFacts(
         system=f"{platform.system()} {platform.machine()}",
         cpu=cpu,
@@ -40,13 +42,6 @@ def host_facts() -> HostFacts:
         python=platform.python_version(),
         packages=_versions(),
     )
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on: its affinity where the system has one."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def peak_rss_bytes() -> int:
@@ -62,20 +57,6 @@ def peak_rss_bytes() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _cpu() -> tuple[str, tuple[str, ...]]:
-    """Name of the processor, and which of the instruction sets that matter here it has."""
-    wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16")
-    facts = Path("/proc/cpuinfo")
-    if not facts.exists():
-        return platform.processor() or platform.machine(), ()
-    fields: dict[str, str] = {}
-    for line in facts.read_text().splitlines():
-        name, _, value = line.partition(":")
-        fields[name.strip()] = value.strip()
-    flags = set(fields.get("flags", "").split())
-    return fields.get("model name", platform.machine()), tuple(f for f in wanted if f in flags)
 
 
 def _versions() -> dict[str, str]:

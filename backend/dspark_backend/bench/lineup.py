@@ -11,10 +11,10 @@ from typing import Literal, Self
 
 from dspark_backend.bench.contender import ContenderSpec, Turn
 from dspark_backend.bench.errors import BenchError
-from dspark_backend.bench.host import usable_cores
 from dspark_backend.bench.worker import Worker
 from dspark_backend.catalog import ModelFiles, ProgressSink, resolve
 from dspark_backend.grammar.dialect import Dialect, dialect_for
+from dspark_backend.processor import usable_cores
 from dspark_backend.tokenizer import Tokenizer
 
 OURS = "dspark_backend.bench.dspark:DSparkContender"

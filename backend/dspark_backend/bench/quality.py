@@ -13,10 +13,11 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from dspark_backend.bench.errors import BenchError
-from dspark_backend.bench.host import HostFacts, host_facts, usable_cores
+from dspark_backend.bench.host import HostFacts, host_facts
 from dspark_backend.catalog import ProgressSink, resolve
 from dspark_backend.kernels import jit
 from dspark_backend.kv.contiguous import KVBudget, SequenceKV
+from dspark_backend.processor import usable_cores
 from dspark_backend.target.batch import Batch, Rows
 from dspark_backend.target.decoder import Decoder
 from dspark_backend.target.load import load_decoder

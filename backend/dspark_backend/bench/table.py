@@ -6,6 +6,7 @@ from rich import box
 from rich.filesize import decimal
 from rich.table import Table
 
+from dspark_backend.bench.cost import CostReport
 from dspark_backend.bench.decode import DecodeReport, DecodeTotals
 from dspark_backend.bench.quality import QualityReport
 from dspark_backend.bench.steps_report import StepsReport, StepsTotals
@@ -92,6 +93,32 @@ def quality_table(report: QualityReport) -> Table:
         table.add_row(
             report.precision, f"{report.perplexity:.3f}", f"{report.relative_change:+.2%}"
         )
+    return table
+
+
+def cost_table(report: CostReport) -> Table:
+    """The measured curve, its slopes, and how far off it is elsewhere."""
+    cost = report.table
+    table = _table(
+        f"{report.model} in {report.precision}, context {cost.context}, {report.threads} threads",
+        ("ms", "ms each", "against one"),
+    )
+    for what, counts, seconds in (
+        ("rows", cost.rows, cost.verify_s),
+        ("anchors", cost.anchors, cost.draft_s),
+    ):
+        for count, took in zip(counts, seconds, strict=True):
+            ratio = f"{took / seconds[0]:.2f}x"
+            table.add_row(
+                f"{count} {what}", f"{took * 1e3:.2f}", f"{took / count * 1e3:.2f}", ratio
+            )
+        if counts:
+            table.add_section()
+    table.add_row("a further request", f"{cost.request_s * 1e3:.3f}", "", "")
+    table.add_row("1000 further positions", f"{cost.position_s * 1e6:.3f}", "", "")
+    table.add_row("1000 more to a row", f"{cost.pair_s * 1e6:.3f}", "", "")
+    error = f"{report.median_error:.1%}"
+    table.add_row(f"median error, {len(report.checks)} other passes", error, "", "")
     return table
 
 

@@ -16,7 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from dspark_backend.checkpoint.config import TargetConfig
@@ -28,6 +28,8 @@ from dspark_backend.errors import ModelFormatError
 from dspark_backend.kernels.linear.reference import quantise_weight
 
 _SCALE = "_scale"
+# A file that goes into the package, or under version control, is to stay below 40 MB.
+_SHARD_BYTES = 36_000_000
 # Reads the target's residual stream, whose outliers would blow up the rounding of int8 weights.
 _RESIDUAL = "fc.weight"
 
@@ -101,7 +103,7 @@ def write_drafter(
     storage: Storage = Storage.BF16,
     target_copies: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint; ``folder`` is replaced at once or not at all.
+    """Write a checkpoint, in files of at most 36 MB; ``folder`` is replaced at once or not at all.
 
     ``state`` holds the trained tensors; ``target_copies`` the frozen embedding and LM head where
     they are wanted in the file. Raises ModelFormatError for tensors that do not fit ``config``.
@@ -120,12 +122,14 @@ def write_drafter(
     try:
         text = json.dumps(config.to_dict(), indent=1, sort_keys=True)
         (work / "config.json").write_text(text + "\n", encoding="utf-8")
-        save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
+        # Under the safetensors names: one file, or an index and shards as in a large model.
+        save_torch_state_dict(tensors, work, max_shard_size=_SHARD_BYTES)
         if calibration is not None:
             calibration.write(work)
         # Made for the writer alone; a checkpoint is for whoever may read its folder.
         work.chmod(0o755)
-        (work / "model.safetensors").chmod(0o644)
+        for file in work.iterdir():
+            file.chmod(0o644)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(work, folder)

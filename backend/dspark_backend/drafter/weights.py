@@ -15,7 +15,7 @@ from dspark_backend.catalog.files import ModelFiles
 from dspark_backend.drafter.checkpoint import DrafterFiles
 from dspark_backend.drafter.config import HeadType
 from dspark_backend.drafter.layout import EMBEDDING, LM_HEAD
-from dspark_backend.kernels.linear.cpu import padded
+from dspark_backend.kernels.linear.panels import pack
 from dspark_backend.kernels.linear.reference import quantise_weight
 from dspark_backend.target.linear import Bf16Linear, Int8Linear, Linear
 from dspark_backend.target.precision import Precision
@@ -149,10 +149,9 @@ def _maker(precision: Precision) -> _Make:
     def int8(weight: Tensor, bias: Tensor | None) -> Linear:
         q, scale = quantise_weight(weight)
         sums = q.sum(dim=1, dtype=torch.int32)
-        wide = torch.nn.functional.pad(q, (0, padded(q.shape[1]) - q.shape[1])).contiguous()
         added = None if bias is None else bias.float().numpy()
         planes = 1 if precision is Precision.INT8 else 2
-        return Int8Linear(wide.numpy(), scale.numpy(), sums.numpy(), added, planes)
+        return Int8Linear(pack(q).numpy(), scale.numpy(), sums.numpy(), added, planes)
 
     match precision:
         case Precision.BF16:

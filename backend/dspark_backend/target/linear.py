@@ -36,7 +36,7 @@ class Int8Linear:
         bias: NDArray[np.float32] | None,
         planes: int,
     ) -> None:
-        self.channels = int(weight.shape[0])
+        self.channels = int(scale.shape[0])
         self._weight, self._scale, self._sums = weight, scale, sums
         self._bias = _NO_BIAS if bias is None else bias
         self._planes = planes

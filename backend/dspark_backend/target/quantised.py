@@ -1,7 +1,7 @@
 """The int8 form of a checkpoint: made once from the bfloat16 tensors, then memory-mapped.
 
 Projections that read the same input are stored as one matrix (q, k, v; gate, up), so that a layer
-is four products. Two files: ``weights.safetensors`` (int8, columns padded for the kernel) and
+is four products. Two files: ``weights.safetensors`` (int8, in the kernel's panels) and
 ``scales.safetensors`` (float32: ``<name>.scale``, ``<name>.sums``; a sum of int8 values fits).
 """
 
@@ -22,7 +22,8 @@ from dspark_backend.checkpoint.config import TargetConfig
 from dspark_backend.checkpoint.progress import Progress, ProgressSink, Stage
 from dspark_backend.checkpoint.safetensors import SafetensorsWriter, TensorStore
 from dspark_backend.errors import ModelFormatError
-from dspark_backend.kernels.linear.cpu import MAX_DEPTH, padded
+from dspark_backend.kernels.linear.cpu import MAX_DEPTH
+from dspark_backend.kernels.linear.panels import PANEL, pack, panels_shape
 from dspark_backend.kernels.linear.reference import quantise_weight
 
 _ROWS = 8192  # channels quantised at a time: bounds the float32 copy of a vocabulary-sized matrix
@@ -51,7 +52,7 @@ def fused_linears(config: TargetConfig) -> Iterator[Fused]:
 
 def quantised_folder(source_sha: str) -> Path:
     """Where the int8 form of the checkpoint with that identity is kept."""
-    return home() / "int8" / source_sha
+    return home() / "int8-panels" / source_sha
 
 
 def open_quantised(files: ModelFiles, progress: ProgressSink | None = None) -> TensorStore:
@@ -71,34 +72,36 @@ def open_quantised(files: ModelFiles, progress: ProgressSink | None = None) -> T
 def _quantise(files: ModelFiles, folder: Path, progress: ProgressSink | None) -> None:
     store = files.tensors()
     linears = list(fused_linears(files.config))
-    shapes = [_shape(store, linear) for linear in linears]
-    total = sum(rows * columns for rows, columns in shapes)
+    sizes = [_size(store, linear) for linear in linears]
+    total = sum(channels * depth for channels, depth in sizes)
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=folder.name[:16] + ".", dir=folder.parent))
     try:
         names = [linear.name for linear in linears]
+        matrices = [
+            (name, panels_shape(channels, depth))
+            for name, (channels, depth) in zip(names, sizes, strict=True)
+        ]
         vectors = [
-            (f"{name}.{kind}", (rows,))
-            for name, (rows, _) in zip(names, shapes, strict=True)
+            (f"{name}.{kind}", (channels,))
+            for name, (channels, _) in zip(names, sizes, strict=True)
             for kind in ("scale", "sums")
         ]
         done = 0
         with (
-            SafetensorsWriter(
-                work / "weights.safetensors", list(zip(names, shapes, strict=True)), torch.int8
-            ) as weights,
+            SafetensorsWriter(work / "weights.safetensors", matrices, torch.int8) as weights,
             SafetensorsWriter(work / "scales.safetensors", vectors, torch.float32) as scales,
         ):
-            for linear, (rows, columns) in zip(linears, shapes, strict=True):
+            for linear, (channels, depth) in zip(linears, sizes, strict=True):
                 scale, sums = [], []
-                for piece in _pieces(store, linear):
+                for piece in _whole_panels(_pieces(store, linear)):
                     q, s = quantise_weight(piece)
-                    weights.append(torch.nn.functional.pad(q, (0, columns - q.shape[1])))
+                    weights.append(pack(q))
                     scale.append(s)
                     sums.append(q.sum(dim=1, dtype=torch.int32).float())
                 scales.append(torch.cat(scale))
                 scales.append(torch.cat(sums))
-                done += rows * columns
+                done += channels * depth
                 if progress is not None:
                     progress(Progress(files.name, Stage.QUANTISE, done, total))
         os.replace(work, folder)
@@ -107,14 +110,28 @@ def _quantise(files: ModelFiles, folder: Path, progress: ProgressSink | None) ->
         raise
 
 
-def _shape(store: TensorStore, linear: Fused) -> tuple[int, int]:
+def _size(store: TensorStore, linear: Fused) -> tuple[int, int]:
+    """Output channels and inputs."""
     depth = store.shape(linear.parts[0])[1]
     if depth > MAX_DEPTH:
         raise ModelFormatError(
             f"{linear.parts[0]}: {depth} inputs would overflow int32 sums (at most {MAX_DEPTH}); "
             "load the model with precision='bf16'"
         )
-    return sum(store.shape(part)[0] for part in linear.parts), padded(depth)
+    return sum(store.shape(part)[0] for part in linear.parts), depth
+
+
+def _whole_panels(pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The same rows, cut so that all pieces but the last fill whole panels."""
+    rest: torch.Tensor | None = None
+    for piece in pieces:
+        rows = piece if rest is None else torch.cat([rest, piece])
+        whole = len(rows) // PANEL * PANEL
+        if whole:
+            yield rows[:whole]
+        rest = rows[whole:].clone()
+    if rest is not None and len(rest):
+        yield rest
 
 
 def _pieces(store: TensorStore, linear: Fused) -> Iterator[torch.Tensor]:

@@ -35,11 +35,6 @@ class Prompt(BaseModel):
         text = json.dumps([self.messages, self.tools], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
-    @property
-    def fraction(self) -> float:
-        """A uniform number in [0, 1) that depends on the key alone."""
-        return int(self.key[:8], 16) % _BUCKETS / _BUCKETS
-
 
 def read_prompts(path: Path) -> list[Prompt]:
     """All prompts of a JSON-lines file; a prompt that occurs twice is kept once.
@@ -61,6 +56,11 @@ def read_prompts(path: Path) -> list[Prompt]:
     return list(prompts.values())
 
 
+def in_share(key: str, share: float) -> bool:
+    """Whether a key belongs to the part of that share; the parts of larger shares contain it."""
+    return int(key[:8], 16) % _BUCKETS / _BUCKETS < share
+
+
 def split(prompts: Iterable[Prompt], held_out: float = 0.05) -> tuple[list[Prompt], list[Prompt]]:
     """``(training, held out)``: a prompt's side depends on its words and ``held_out`` alone.
 
@@ -70,7 +70,7 @@ def split(prompts: Iterable[Prompt], held_out: float = 0.05) -> tuple[list[Promp
         raise TrainingError(f"held_out is a share of the prompts, from 0 to below 1: {held_out}")
     sides: tuple[list[Prompt], list[Prompt]] = ([], [])
     for prompt in prompts:
-        sides[prompt.fraction < held_out].append(prompt)
+        sides[in_share(prompt.key, held_out)].append(prompt)
     return sides
 
 

@@ -25,7 +25,7 @@ from dspark_backend.training.errors import TrainingError
 from dspark_backend.training.evaluate import Evaluation, evaluate, replay_all
 from dspark_backend.training.features import DecoderFeatures, FeatureMemory, FeatureSource
 from dspark_backend.training.features_torch import TransformersFeatures
-from dspark_backend.training.prompts import Prompt, ordered, read_prompts, split
+from dspark_backend.training.prompts import Prompt, in_share, ordered, read_prompts, split
 from dspark_backend.training.rollout import ReportSink as RolloutSink
 from dspark_backend.training.rollout import Rollout, RolloutConfig, read_rollouts, roll_out
 from dspark_backend.training.trainer import ProgressSink, Trainer, TrainerConfig
@@ -40,8 +40,10 @@ class TrainConfig:
 
     ``prompts`` is a JSON-lines file, of which the share ``held_out`` is only calibrated and
     reported on; prompts of ``first_sources`` are answered first; rollouts end after
-    ``answer_tokens`` (``held_out_tokens``). ``taps`` None spreads three over the target's depth,
-    ``mask_token_id`` None takes an unused row, ``draft_vocab`` None keeps the whole vocabulary.
+    ``answer_tokens`` (``held_out_tokens``). ``recorded`` are files of rollouts from elsewhere,
+    such as steps of agents (``training/recording.py``); the same share of them is held out.
+    ``taps`` None spreads three over the target's depth, ``mask_token_id`` None takes an unused
+    row, ``draft_vocab`` None keeps the whole vocabulary.
     ``device`` is where the drafter is trained; ``threads`` and ``precision`` are the engine's.
     """
 
@@ -57,6 +59,7 @@ class TrainConfig:
     draft_vocab: int | None = 12_288
     held_out: float = 0.05
     first_sources: tuple[str, ...] = ()
+    recorded: tuple[Path, ...] = ()
     answer_tokens: int = 200_000
     held_out_tokens: int = 20_000
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -166,6 +169,11 @@ def _rollouts(
                 prompts: list[Prompt] = ordered(side, config.first_sources)
                 roll_out(engine, prompts, path, sampling, watch.on_rollout, tokens)
     training, held = (list(read_rollouts(path)) for path in paths)
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_answer_tokens
+    for path in config.recorded:
+        for rollout in read_rollouts(path):
+            if len(rollout.tokens) <= longest:
+                (held if in_share(rollout.key, config.held_out) else training).append(rollout)
     if not held:
         raise TrainingError("no held-out rollouts: raise held_out, or give more prompts")
     return training, held

@@ -134,7 +134,7 @@ def roll_out(
                     raise event.error
                 assert isinstance(event, Finished)
                 rollout = finished.rollout(event.outcome.token_ids)
-                file.write(_to_json(rollout))
+                file.write(to_json(rollout))
                 file.flush()
                 report.written += 1
                 report.answer_tokens += len(rollout.answer)
@@ -226,7 +226,8 @@ def _mend(path: Path) -> dict[str, int]:
     return keys
 
 
-def _to_json(rollout: Rollout) -> bytes:
+def to_json(rollout: Rollout) -> bytes:
+    """A line of a rollout file."""
     document = {
         "key": rollout.key,
         "source": rollout.source,

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dspark_backend.checkpoint.config import TargetConfig
+from dspark_backend.drafter import checkpoint
 from dspark_backend.drafter.calibration import Calibration
 from dspark_backend.drafter.checkpoint import Storage, open_drafter, write_drafter
 from dspark_backend.drafter.config import DrafterConfig, HeadType
@@ -216,3 +217,17 @@ def test_a_calibration_for_another_block_is_refused(
     folder = write(drafter, tmp_path / "d", calibration=calibration)
     with pytest.raises(ModelFormatError, match="temperatures"):
         open_drafter(folder, drafter.target)
+
+
+def test_a_large_drafter_is_split_into_small_files(
+    make_drafter: MakeDrafter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_SHARD_BYTES", 20_000)
+    drafter = make_drafter("llama")
+    folder = write(drafter, tmp_path / "d")
+    shards = list(folder.glob("*.safetensors"))
+    assert len(shards) > 1
+    largest = 2 * max(tensor.numel() for tensor in drafter.state.values())
+    assert all(shard.stat().st_size < 20_000 + largest for shard in shards)
+    state = open_drafter(folder, drafter.target).state()
+    assert all(torch.equal(state[name], drafter.state[name]) for name in state)

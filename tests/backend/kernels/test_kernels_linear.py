@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from dspark_backend.kernels import jit
 from dspark_backend.kernels.linear import cpu, vnni
+from dspark_backend.kernels.linear.panels import pack, unpack
 from dspark_backend.kernels.linear.reference import linear_int8, quantise_rows, quantise_weight
 
 SHAPES = [(1, 64, 32), (2, 1, 1), (3, 100, 70), (6, 128, 33), (7, 65, 31), (13, 192, 96)]
@@ -22,14 +23,13 @@ class Layer:
         self.planes = planes
         self.weight, self.scale = quantise_weight(torch.randn(channels, depth, generator=rng))
         self.bias = torch.randn(channels, generator=rng) if bias else None
-        self._padded = np.zeros((channels, cpu.padded(depth)), np.int8)
-        self._padded[:, :depth] = self.weight.numpy()
+        self._panels = pack(self.weight).numpy()
 
     def kernel(self, x: torch.Tensor) -> NDArray[np.float32]:
         out = np.full((x.shape[0], self.weight.shape[0]), np.nan, np.float32)
         bias = np.zeros(0, np.float32) if self.bias is None else self.bias.numpy()
-        sums = self._padded.sum(axis=1, dtype=np.int32)
-        cpu.linear_int8(x.numpy(), self._padded, self.scale.numpy(), sums, bias, self.planes, out)
+        sums = self.weight.sum(dim=1, dtype=torch.int32).numpy()
+        cpu.linear_int8(x.numpy(), self._panels, self.scale.numpy(), sums, bias, self.planes, out)
         return out
 
     def reference(self, x: torch.Tensor) -> torch.Tensor:
@@ -63,7 +63,7 @@ def test_largest_sums_do_not_overflow(planes: int) -> None:
     out = np.empty((2, 4), np.float32)
     sums = weight.sum(dim=1, dtype=torch.int32).numpy()
     empty = np.zeros(0, np.float32)
-    cpu.linear_int8(x.numpy(), weight.numpy(), scale.numpy(), sums, empty, planes, out)
+    cpu.linear_int8(x.numpy(), pack(weight).numpy(), scale.numpy(), sums, empty, planes, out)
     np.testing.assert_allclose(out[0], 3.0 * 127 * depth, rtol=1e-6)
     np.testing.assert_array_equal(out[1], -out[0])
 
@@ -114,13 +114,26 @@ def test_quantised_rows_are_within_half_a_step(planes: int) -> None:
     assert float(((q * scale[:, None]) - x).abs().div(scale[:, None]).max()) <= 0.51
 
 
-def test_both_dot_products_agree() -> None:
+@pytest.mark.parametrize("rows", [*range(1, 14), 23, 24, 29, 37])
+def test_both_dot_products_agree(rows: int) -> None:
     if not vnni.available():
         pytest.skip("this processor has no AVX-512 VNNI: only the plain loop runs here")
     rng = np.random.default_rng(0)
-    q = rng.integers(0, 256, (9, 128)).astype(np.uint8)
-    w = rng.integers(-127, 128, (40, 128)).astype(np.int8)
-    simd, plain = np.zeros((9, 32), np.int32), np.zeros((9, 32), np.int32)
-    cpu._dot_block_simd(q, w, 5, 31, simd)
-    cpu._dot_block_plain(q, w, 5, 31, plain)
-    np.testing.assert_array_equal(simd, plain)
+    q = rng.integers(0, 256, (rows, 128)).astype(np.uint8)
+    w = rng.integers(-127, 128, (80, 128)).astype(np.int8)
+    panels = pack(torch.from_numpy(w)).numpy()
+    simd, plain = np.zeros((rows, 32), np.int32), np.zeros((rows, 32), np.int32)
+    for index in range(3):
+        cpu._dot_panel_simd(q, panels, index, simd)
+        cpu._dot_panel_plain(q, panels, index, plain)
+        np.testing.assert_array_equal(simd, plain)
+        exact = q.astype(np.int64) @ w[32 * index : 32 * index + 32].astype(np.int64).T
+        np.testing.assert_array_equal(plain[:, : exact.shape[1]], exact)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (32, 64), (33, 65), (70, 200)], ids=str)
+def test_packing_loses_nothing(shape: tuple[int, int]) -> None:
+    weight = torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(0))
+    weight = weight.to(torch.int8)
+    assert torch.equal(unpack(pack(weight), *shape), weight)
+    assert int(pack(weight).sum()) == int(weight.sum())  # what is added is zeros

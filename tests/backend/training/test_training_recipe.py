@@ -12,12 +12,13 @@ import torch
 
 from dspark_backend.catalog import ModelFiles
 from dspark_backend.drafter.checkpoint import open_drafter
-from dspark_backend.request import StepKind
+from dspark_backend.request import StepKind, StepRequest
 from dspark_backend.training.errors import TrainingError
 from dspark_backend.training.evaluate import Evaluation
 from dspark_backend.training.features import DecoderFeatures
 from dspark_backend.training.features_torch import TransformersFeatures
 from dspark_backend.training.recipe import TrainConfig, Watchers, spread_taps, train
+from dspark_backend.training.recording import Recorder, RecordingEngine
 from dspark_backend.training.rollout import Rollout, RolloutConfig, read_rollouts
 from dspark_backend.training.trainer import TrainerConfig, TrainProgress
 
@@ -113,3 +114,25 @@ def test_features_by_transformers_are_those_of_the_engine(
         assert (a - b).norm() < 0.05 * a.norm(), name
     torch.testing.assert_close(theirs.outside, ours.outside, atol=0.06, rtol=0.1)
     assert (theirs.greedy == ours.greedy).float().mean() > 0.8
+
+
+def test_recorded_steps_are_trained_on_and_held_out_like_prompts(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    recorded = tmp_path / "steps.jsonl"
+    with RecordingEngine.load(config.model, precision="int8", threads=1) as engine:
+        assert isinstance(engine, RecordingEngine)
+        engine.recorder = Recorder(recorded, "agent")
+        for first in range(20):
+            with engine.open_session() as session:
+                request = StepRequest((first, 7), max_new_tokens=6, ignore_eos=True)
+                engine.step(session, request)
+                engine.step(session, replace(request, tokens=(9,)))
+                engine.step(session, replace(request, tokens=(9,), max_new_tokens=1))
+        engine.recorder.close()
+    steps = list(read_rollouts(recorded))
+    assert [len(step.answer) for step in steps] == [6] * 40  # one token teaches nothing
+    assert steps[1].prompt == (*steps[0].tokens, 9)
+    longer = replace(config, recorded=(recorded,), held_out_tokens=40)
+    evaluation = train(longer)
+    assert 0 < evaluation.by_source["agent"].rollouts < 40

@@ -13,22 +13,14 @@ from numpy.typing import NDArray
 
 from dspark_backend.kernels.jit import exact_kernel, kernel, parallel_kernel, prange
 from dspark_backend.kernels.linear import vnni
+from dspark_backend.kernels.linear.panels import PANEL, QUAD
 
-BLOCK = 32  # output channels a work item: its weights stay in the first cache over all rows
 MAX_DEPTH = 2**31 // (255 * 127)  # longest dot product that cannot overflow int32
 
-# Activations of at most this many bytes stay in the first cache beside a stream of weights.
-NARROW_BYTES = 16384
-
-_tile_1x1, _tile_2x1, _tile_3x1, _tile_4x1 = (vnni.dot_tile(rows, 1) for rows in (1, 2, 3, 4))
-_tile_5x1, _tile_6x1, _tile_7x1, _tile_8x1 = (vnni.dot_tile(rows, 1) for rows in (5, 6, 7, 8))
-_tile_1x4, _tile_2x4 = vnni.dot_tile(1, 4), vnni.dot_tile(2, 4)
-_tile_4x4, _tile_6x4 = vnni.dot_tile(4, 4), vnni.dot_tile(6, 4)
-
-
-def padded(k: int) -> int:
-    """``k`` rounded up to what the tile reads at a time."""
-    return -(-k // vnni.LANES) * vnni.LANES
+# Up to twelve rows: their 24 sums, two registers of weights and a broadcast fill the register file.
+_tile_1, _tile_2, _tile_3, _tile_4 = (vnni.panel_tile(rows) for rows in (1, 2, 3, 4))
+_tile_5, _tile_6, _tile_7, _tile_8 = (vnni.panel_tile(rows) for rows in (5, 6, 7, 8))
+_tile_9, _tile_10, _tile_11, _tile_12 = (vnni.panel_tile(rows) for rows in (9, 10, 11, 12))
 
 
 @kernel
@@ -58,81 +50,66 @@ def _quantise(
 
 
 @kernel
-def _dot_channel(x: int, w: int, k: int, out: int, ldo: int, rows: int) -> None:
-    """All rows against one channel."""
-    while rows >= 8:
-        _tile_8x1(x, k, w, k, k, out, ldo)
-        x += 8 * k
-        out += 4 * 8 * ldo
-        rows -= 8
-    if rows == 1:
-        _tile_1x1(x, k, w, k, k, out, ldo)
+def _dot_tile(x: int, k: int, weights: int, out: int, rows: int) -> None:
+    """1 to 12 rows against one panel."""
+    if rows == 12:
+        _tile_12(x, k, weights, k, out)
+    elif rows == 1:
+        _tile_1(x, k, weights, k, out)
     elif rows == 2:
-        _tile_2x1(x, k, w, k, k, out, ldo)
+        _tile_2(x, k, weights, k, out)
     elif rows == 3:
-        _tile_3x1(x, k, w, k, k, out, ldo)
+        _tile_3(x, k, weights, k, out)
     elif rows == 4:
-        _tile_4x1(x, k, w, k, k, out, ldo)
+        _tile_4(x, k, weights, k, out)
     elif rows == 5:
-        _tile_5x1(x, k, w, k, k, out, ldo)
+        _tile_5(x, k, weights, k, out)
     elif rows == 6:
-        _tile_6x1(x, k, w, k, k, out, ldo)
+        _tile_6(x, k, weights, k, out)
     elif rows == 7:
-        _tile_7x1(x, k, w, k, k, out, ldo)
+        _tile_7(x, k, weights, k, out)
+    elif rows == 8:
+        _tile_8(x, k, weights, k, out)
+    elif rows == 9:
+        _tile_9(x, k, weights, k, out)
+    elif rows == 10:
+        _tile_10(x, k, weights, k, out)
+    elif rows == 11:
+        _tile_11(x, k, weights, k, out)
 
 
 @kernel
-def _dot_rows(x: int, w: int, k: int, out: int, ldo: int, step: int, cols: int) -> None:
-    """``step`` rows (1, 2, 4 or 6) against ``cols`` channels, four at a time."""
-    n = 0
-    while n + 4 <= cols:
-        at, to = w + n * k, out + 4 * n
-        if step == 6:
-            _tile_6x4(x, k, at, k, k, to, ldo)
-        elif step == 4:
-            _tile_4x4(x, k, at, k, k, to, ldo)
-        elif step == 2:
-            _tile_2x4(x, k, at, k, k, to, ldo)
-        else:
-            _tile_1x4(x, k, at, k, k, to, ldo)
-        n += 4
-    while n < cols:
-        _dot_channel(x, w + n * k, k, out + 4 * n, ldo, step)
-        n += 1
-
-
-@kernel
-def _dot_block_simd(
-    q: NDArray[np.uint8], w: NDArray[np.int8], first: int, cols: int, acc: NDArray[np.int32]
+def _dot_panel_simd(
+    q: NDArray[np.uint8], w: NDArray[np.int8], index: int, acc: NDArray[np.int32]
 ) -> None:
-    rows, k, ldo = q.shape[0], q.shape[1], acc.shape[1]
-    x, out = q.ctypes.data, acc.ctypes.data
-    weights = w.ctypes.data + first * k
-    if rows * k <= NARROW_BYTES:
-        for n in range(cols):
-            _dot_channel(x, weights + n * k, k, out + 4 * n, ldo, rows)
-        return
-    m = 0
-    while m < rows:
-        left = rows - m
-        step = 6 if left >= 6 else (4 if left >= 4 else (2 if left >= 2 else 1))
-        _dot_rows(x + m * k, weights, k, out + 4 * m * ldo, ldo, step, cols)
-        m += step
+    """All rows ``q`` [R, Kp] against panel ``index``: ``acc`` [R, PANEL]."""
+    rows, k = q.shape[0], q.shape[1]
+    x, out, weights = q.ctypes.data, acc.ctypes.data, w.ctypes.data + index * w.shape[1]
+    while rows > 12:
+        # Two equal halves rather than twelve and a rest that would read the weights for little.
+        done = 12 if rows >= 24 else (rows + 1) // 2
+        _dot_tile(x, k, weights, out, done)
+        x += done * k
+        out += 4 * done * PANEL
+        rows -= done
+    _dot_tile(x, k, weights, out, rows)
 
 
 @kernel
-def _dot_block_plain(
-    q: NDArray[np.uint8], w: NDArray[np.int8], first: int, cols: int, acc: NDArray[np.int32]
+def _dot_panel_plain(
+    q: NDArray[np.uint8], w: NDArray[np.int8], index: int, acc: NDArray[np.int32]
 ) -> None:
-    for n in range(cols):
-        for m in range(q.shape[0]):
+    """As :func:`_dot_panel_simd`, for processors without the instruction."""
+    for m in range(q.shape[0]):
+        for n in range(PANEL):
             total = np.int32(0)
-            for i in range(q.shape[1]):
-                total += np.int32(q[m, i]) * np.int32(w[first + n, i])
+            for i in range(0, q.shape[1], QUAD):
+                for j in range(QUAD):
+                    total += np.int32(q[m, i + j]) * np.int32(w[index, PANEL * i + QUAD * n + j])
             acc[m, n] = total
 
 
-_dot_block = _dot_block_simd if vnni.available() else _dot_block_plain
+_dot_panel = _dot_panel_simd if vnni.available() else _dot_panel_plain
 
 
 @exact_kernel
@@ -179,17 +156,18 @@ def linear_int8(
 ) -> None:
     """``out[R, N] = x[R, K] @ (weight * scale).T + bias``.
 
-    ``x`` float32 [R, K]; ``weight`` int8 [N, Kp], Kp = :func:`padded` (K), zeros in the padding;
-    ``scale`` float32 [N]; ``sums`` int32 [N], the row sums of ``weight``; ``bias`` float32 [N] or
-    [0] for none; ``planes`` 1 (8-bit activations) or 2 (16-bit). ``out`` must not alias ``x``.
+    ``x`` float32 [R, K]; ``weight`` int8 [P, PANEL * Kp], as :func:`panels.pack` lays it out;
+    ``scale`` float32 [N]; ``sums`` int32 [N], the sums over each channel's inputs; ``bias`` float32
+    [N] or [0] for none; ``planes`` 1 (8-bit activations) or 2 (16-bit). ``out`` must not alias
+    ``x``.
     """
-    rows, channels, depth = x.shape[0], weight.shape[0], weight.shape[1]
+    rows, channels, depth = x.shape[0], scale.shape[0], weight.shape[1] // PANEL
     q = np.zeros((rows * planes, depth), np.uint8)
     row_scale = np.empty(rows, np.float32)
     _quantise(x, planes, q, row_scale)
-    for block in prange((channels + BLOCK - 1) // BLOCK):
-        first = block * BLOCK
-        cols = min(BLOCK, channels - first)
-        acc = np.empty((rows * planes, BLOCK), np.int32)
-        _dot_block(q, weight, first, cols, acc)
+    for index in prange((channels + PANEL - 1) // PANEL):
+        acc = np.empty((rows * planes, PANEL), np.int32)
+        _dot_panel(q, weight, index, acc)
+        first = index * PANEL
+        cols = min(PANEL, channels - first)
         _finish(acc, planes, row_scale, scale, sums, bias, first, cols, out)

@@ -1,15 +1,13 @@
 """The inner tile of the int8 matrix product, written as LLVM IR around ``vpdpbusd`` (AVX-512 VNNI).
 
 LLVM does not find this instruction from a loop, and everything else in the product is memory
-bandwidth: one pass over the weights serves every row of the tile, so verifying eight tokens costs
-little more than decoding one. A tile of one channel reads its weights strictly in order, which the
-hardware's prefetcher rewards with twice the bandwidth of four interleaved channels; a tile of four
-loads the activations a quarter as often, which pays once those no longer fit the first cache.
+bandwidth: one pass over a panel of weights (``panels.py``) serves every row of the tile, so
+verifying eight tokens costs little more than decoding one. Four bytes of a row's activations are
+broadcast to all lanes, where each meets the four weights of its own channel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -17,13 +15,20 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-LANES = 64  # bytes a step along k; callers pad k to a multiple of it
-_GROUP = 4  # accumulators that are summed together
+from dspark_backend.kernels.linear.panels import PANEL, QUAD
+
+_UNROLL = 4  # quads a turn of the loop; a padded depth has a multiple of that
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _ACC = ir.VectorType(_I32, 16)
 # LLVM 22 gave the operands their true element type.
 _OPERAND = ir.VectorType(_I8, 64) if llvm.llvm_version_info[0] >= 22 else _ACC
+_LINE = 64  # bytes of a register
+_LANES = 16
+_LINES = PANEL // _LANES  # registers of weights for a quad of inputs
+# How far ahead of the sums weights are asked for. The hardware's prefetcher stops at the end of a
+# page; asking for what lies past it lets reading and multiplying overlap.
+_AHEAD = 4096
 
 
 def available() -> bool:
@@ -36,94 +41,87 @@ def _declare(module: ir.Module, name: str, kind: ir.FunctionType) -> Any:
     return module.globals.get(name) or ir.Function(module, kind, name)
 
 
-def _shuffle(b: Any, x: Any, y: Any, lanes: Sequence[int]) -> Any:
-    return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(_I32, len(lanes)), list(lanes)))
+def _at(b: Any, base: Any, kind: Any) -> Any:
+    return b.inttoptr(base, kind.as_pointer())
 
 
-def _halves(b: Any, x: Any) -> Any:
-    """The lower half of a vector plus its upper half."""
-    half = x.type.count // 2
-    return b.add(_shuffle(b, x, x, range(half)), _shuffle(b, x, x, range(half, 2 * half)))
+def _broadcast(b: Any, address: Any) -> Any:
+    """Four bytes at ``address`` in every lane."""
+    quad = b.load(_at(b, address, _I32))
+    quad.align = 1
+    undefined = ir.Constant(_ACC, ir.Undefined)
+    one = b.insert_element(undefined, quad, ir.Constant(_I32, 0))
+    lanes = b.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(_I32, 16), [0] * 16))
+    return lanes if _OPERAND is _ACC else b.bitcast(lanes, _OPERAND)
 
 
-def _sums(b: Any, accumulators: Sequence[Any]) -> list[Any]:
-    """The lane sum of each accumulator.
-
-    A whole group is summed like a transposition, in a third of the instructions of one by one.
-    """
-    if len(accumulators) < _GROUP:
-        total = _declare(b.module, "llvm.vector.reduce.add.v16i32", ir.FunctionType(_I32, [_ACC]))
-        return [b.call(total, [accumulator]) for accumulator in accumulators]
-    quarters = [_halves(b, _halves(b, accumulator)) for accumulator in accumulators]
-    evens, odds = (0, 2, 4, 6), (1, 3, 5, 7)
-    left, right = (
-        b.add(_shuffle(b, x, y, evens), _shuffle(b, x, y, odds))
-        for x, y in (quarters[:2], quarters[2:])
-    )
-    sums = b.add(_shuffle(b, left, right, evens), _shuffle(b, left, right, odds))
-    return [b.extract_element(sums, ir.Constant(_I32, i)) for i in range(_GROUP)]
+def _prefetch(b: Any, address: Any) -> None:
+    """Ask for the line at ``address``; one that is not mapped is ignored by the processor."""
+    pointer = ir.PointerType(_I8)
+    name = f"llvm.prefetch.{'p0' if pointer.is_opaque else 'p0i8'}"
+    kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+    read, near, data = (ir.Constant(_I32, value) for value in (0, 3, 1))
+    b.call(_declare(b.module, name, kind), [b.inttoptr(address, pointer), read, near, data])
 
 
-def dot_tile(rows: int, cols: int) -> Any:
-    """An intrinsic ``tile(x, ldx, w, ldw, k, out, ldo)`` for ``rows`` x ``cols`` dot products.
+def panel_tile(rows: int) -> Any:
+    """An intrinsic ``tile(x, ldx, w, k, out)``: ``rows`` rows against one panel.
 
-    ``x`` address of uint8 ``[rows, k]`` (row stride ``ldx`` bytes), ``w`` address of int8
-    ``[cols, k]`` (``ldw`` bytes), ``out`` address of int32 ``[rows, cols]`` (``ldo`` elements).
-    ``k`` is a positive multiple of :data:`LANES`. Exact: products accumulate in int32.
+    ``x`` address of uint8 ``[rows, k]`` (row stride ``ldx`` bytes), ``w`` address of the panel,
+    ``out`` address of int32 ``[rows, PANEL]``. ``k`` is a positive multiple of 16. Exact: products
+    accumulate in int32.
     """
 
     @intrinsic
-    def tile(typingctx: Any, x: Any, ldx: Any, w: Any, ldw: Any, k: Any, out: Any, ldo: Any) -> Any:
-        signature = types.void(*([types.intp] * 7))
+    def tile(typingctx: Any, x: Any, ldx: Any, w: Any, k: Any, out: Any) -> Any:
+        signature = types.void(*([types.intp] * 5))
 
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            x, ldx, w, ldw, depth, out, ldo = args
+            x, ldx, w, depth, out = args
             dot = _declare(
                 b.module,
                 "llvm.x86.avx512.vpdpbusd.512",
                 ir.FunctionType(_ACC, [_ACC, _OPERAND, _OPERAND]),
             )
+            row_at = [b.add(x, b.mul(ldx, ir.Constant(_I64, m))) for m in range(rows)]
             entry = b.block
             body, done = b.append_basic_block("k"), b.append_basic_block("done")
             b.branch(body)
             b.position_at_end(body)
             at = b.phi(_I64)
             at.add_incoming(ir.Constant(_I64, 0), entry)
-            acc = [[b.phi(_ACC) for _ in range(cols)] for _ in range(rows)]
-            for row in acc:
+            start = [[b.phi(_ACC) for _ in range(_LINES)] for _ in range(rows)]
+            for row in start:
                 for cell in row:
-                    cell.add_incoming(ir.Constant(_ACC, [0] * 16), entry)
+                    cell.add_incoming(ir.Constant(_ACC, [0] * _LANES), entry)
 
-            def load(base: Any, stride: Any, index: int) -> Any:
-                address = b.add(base, b.add(at, b.mul(stride, ir.Constant(_I64, index))))
-                value = b.load(b.inttoptr(address, _OPERAND.as_pointer()))
-                value.align = 1
-                return value
-
-            weights = [load(w, ldw, n) for n in range(cols)]
-            grown = []
+            sums = [list(row) for row in start]
+            panel = b.add(w, b.mul(at, ir.Constant(_I64, PANEL)))
+            for turn in range(_UNROLL):
+                weights = []
+                for line in range(_LINES):
+                    offset = (turn * _LINES + line) * _LINE
+                    value = b.load(_at(b, b.add(panel, ir.Constant(_I64, offset)), _OPERAND))
+                    value.align = 1
+                    weights.append(value)
+                    _prefetch(b, b.add(panel, ir.Constant(_I64, offset + _AHEAD)))
+                for m in range(rows):
+                    place = b.add(row_at[m], b.add(at, ir.Constant(_I64, turn * QUAD)))
+                    activation = _broadcast(b, place)
+                    for n in range(_LINES):
+                        sums[m][n] = b.call(dot, [sums[m][n], activation, weights[n]])
+            following = b.add(at, ir.Constant(_I64, _UNROLL * QUAD))
+            at.add_incoming(following, b.block)
             for m in range(rows):
-                activation = load(x, ldx, m)
-                grown.append(
-                    [b.call(dot, [acc[m][n], activation, weights[n]]) for n in range(cols)]
-                )
-            following = b.add(at, ir.Constant(_I64, LANES))
-            end = b.block
-            at.add_incoming(following, end)
-            for m in range(rows):
-                for n in range(cols):
-                    acc[m][n].add_incoming(grown[m][n], end)
+                for n in range(_LINES):
+                    start[m][n].add_incoming(sums[m][n], b.block)
             b.cbranch(b.icmp_signed("<", following, depth), body, done)
             b.position_at_end(done)
-            cells = [(m, n) for m in range(rows) for n in range(cols)]
-            for first in range(0, len(cells), _GROUP):
-                group = cells[first : first + _GROUP]
-                for (m, n), value in zip(
-                    group, _sums(b, [grown[m][n] for m, n in group]), strict=True
-                ):
-                    element = b.add(b.mul(ldo, ir.Constant(_I64, m)), ir.Constant(_I64, n))
-                    address = b.add(out, b.mul(ir.Constant(_I64, 4), element))
-                    b.store(value, b.inttoptr(address, _I32.as_pointer()))
+            for m in range(rows):
+                for n in range(_LINES):
+                    offset = 4 * (PANEL * m + _LANES * n)
+                    store = b.store(sums[m][n], _at(b, b.add(out, ir.Constant(_I64, offset)), _ACC))
+                    store.align = 1
             return context.get_dummy_value()
 
         return signature, codegen

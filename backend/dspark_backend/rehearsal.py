@@ -1,0 +1,57 @@
+"""Passes and drafts to run before there is work for them, over sequences filled as in use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from dspark_backend.kv.contiguous import KVBudget, KVShape, SequenceKV
+from dspark_backend.speculation.protocol import Anchor, Drafter
+from dspark_backend.target.batch import Batch, Rows
+from dspark_backend.target.decoder import Decoder
+
+Task = Callable[[], object]
+
+
+def sequence(shape: KVShape, capacity: int) -> SequenceKV:
+    """A sequence with room for ``capacity`` positions, all written to; it counts on no budget.
+
+    Memory that nobody wrote to is one shared page of zeros, and faster than any real sequence.
+    """
+    kv = SequenceKV(shape, KVBudget(2**62))
+    kv.reserve(capacity)
+    kv.keys.fill(0.02)
+    kv.values.fill(0.02)
+    return kv
+
+
+def verifying(
+    decoder: Decoder,
+    taps: Sequence[int],
+    sequences: Sequence[SequenceKV],
+    rows: int,
+    context: int,
+) -> Task:
+    """A pass of ``rows`` rows of each sequence after its first ``context`` positions, with the
+    logits of all rows, as verification wants them."""
+    tokens = [_token(number, decoder) for number in range(rows)]
+
+    def run() -> None:
+        for kv in sequences:
+            kv.length = context
+        decoder.forward(Batch([Rows(kv, tokens, rows) for kv in sequences]), taps)
+
+    return run
+
+
+def drafting(drafter: Drafter, decoder: Decoder, anchors: int, context: int) -> list[Anchor]:
+    """Where ``anchors`` blocks start, each after ``context`` positions of its own."""
+    made = []
+    for number in range(anchors):
+        kv = sequence(drafter.context_shape, context + drafter.block_size)
+        kv.length = context
+        made.append(Anchor(kv, _token(number, decoder)))
+    return made
+
+
+def _token(number: int, decoder: Decoder) -> int:
+    return (7919 * number + 1) % decoder.config.vocab_size
