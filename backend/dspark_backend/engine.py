@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections.abc import Callable
 from functools import cached_property
@@ -88,6 +89,9 @@ class Engine:
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="dspark-engine", daemon=True)
         self._thread.start()
+        # The interpreter stops daemon threads in the middle of whatever they do; where that is C++
+        # code, it aborts the process.
+        atexit.register(self.close)
 
     @classmethod
     def load(
@@ -212,6 +216,7 @@ class Engine:
             self._work.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        atexit.unregister(self.close)
         with self.lock:
             for session in list(self._sessions):
                 session.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -261,6 +263,23 @@ def test_closed_things_say_so(own_engine: Callable[..., Engine]) -> None:
     engine.close()
     with pytest.raises(EngineClosedError):
         engine.open_session()
+
+
+def test_an_engine_nobody_closed_is_closed_at_exit(tiny_checkpoint: Callable[..., Path]) -> None:
+    """With a step in flight; a thread left to the interpreter's end could abort the process."""
+    program = f"""
+import atexit
+from dspark_backend.engine import Engine
+from dspark_backend.request import StepRequest
+
+atexit.register(lambda: print("running" if engine._thread.is_alive() else "ended"))
+engine = Engine.load({str(tiny_checkpoint("qwen3"))!r}, threads=1)
+engine.submit(engine.open_session(), StepRequest(tokens=(40, 41), max_new_tokens=400))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "ended\n"), done.stderr
 
 
 def test_context_limit_raises_and_leaves_the_session_alone(engine: Engine) -> None:
