@@ -76,7 +76,7 @@ async def compact(
     if known is not None:
         summary = _Summary(known.summary, known.kept, known.usage)
         if policy.summarise is None:
-            core.usage.count_requests(1)
+            core.usage.count_request()
             core.usage.count_tokens(known.usage)
     elif policy.summarise is None:
         summary = await _written(core, work, policy, messages, kept)
@@ -161,8 +161,8 @@ async def _asked(
         left = budget.output_tokens_left(work.budgets)
         tokens = policy.summary_tokens if left is None else min(left, policy.summary_tokens)
         turn = ModelTurn(tool_choice="none", settings=ModelSettings(max_tokens=tokens))
-        core.usage.count_requests(1)
-        response = await session.step(request, turn, _unheard)
+        with core.usage.request():
+            response = await session.step(request, turn, _unheard)
     finally:
         await core.closed(session)
     core.usage.count_tokens(response.usage)

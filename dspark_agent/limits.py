@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 from pydantic import BaseModel, NonNegativeInt, PrivateAttr
 
-from dspark_agent.errors import UsageLimitExceeded, UserError
+from dspark_agent.errors import ContextLengthError, UsageLimitExceeded, UserError
 
 
 class RequestUsage(BaseModel):
@@ -36,8 +37,22 @@ class RunUsage(RequestUsage):
         part._whole = whole
         return part
 
-    def count_requests(self, turns: int) -> None:
-        """Count model turns, when they begin: those taken at the same time see each other."""
+    def count_request(self) -> None:
+        """Count one model turn, when it begins: turns taken at the same time see each other."""
+        self._count_requests(1)
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Count the model turn taken inside; one that does not fit into the model's window was
+        none."""
+        self.count_request()
+        try:
+            yield
+        except ContextLengthError:
+            self._count_requests(-1)
+            raise
+
+    def _count_requests(self, turns: int) -> None:
         for account in self._accounts():
             account.requests += turns
 

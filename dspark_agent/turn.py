@@ -14,7 +14,7 @@ from dspark_agent.budget import Budget
 from dspark_agent.context import DepsT, RunContext
 from dspark_agent.conversation import Conversation
 from dspark_agent.deferred import AwaitsApproval, DeferredToolRequests
-from dspark_agent.errors import ContextLengthError, UserError
+from dspark_agent.errors import UserError
 from dspark_agent.events import StepEnd, StepStart, ToolResult
 from dspark_agent.execution import CallOutcome, ToolPart, ToolRunner
 from dspark_agent.hooks import Hooks
@@ -85,8 +85,8 @@ class TurnTaker(Generic[DepsT]):
         turn = await hooks.before_model(self.hooks, ctx, self._turn(conversation, plan, budgets))
         await relay.send(StepStart(index, plan.kind, attempt))
         trace.is_replayed = isinstance(self.model, RecordedSession) and self.model.is_recorded
-        with self.watch.turn(trace, conversation.unsent, turn):
-            response = await self._response(conversation, turn, relay)
+        with self.usage.request(), self.watch.turn(trace, conversation.unsent, turn):
+            response = await self.model.step(conversation.unsent, turn, relay.on_model)
             trace.response, trace.model_ended = response, time.perf_counter()
         conversation.heard(response)
         self.usage.count_tokens(response.usage)
@@ -126,17 +126,6 @@ class TurnTaker(Generic[DepsT]):
         conversation.steps.append(result)
         await relay.send(StepEnd(index, result))
         return result
-
-    async def _response(
-        self, conversation: Conversation, turn: ModelTurn, relay: EventRelay
-    ) -> ModelResponse:
-        """What the model writes; a turn that does not fit into its window was none."""
-        self.usage.count_requests(1)
-        try:
-            return await self.model.step(conversation.unsent, turn, relay.on_model)
-        except ContextLengthError:
-            self.usage.count_requests(-1)
-            raise
 
     def _check_can_pause(self, plan: StepPlan) -> None:
         """Find a pause that the output type has no place for before anything is asked or run."""

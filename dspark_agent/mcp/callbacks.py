@@ -95,7 +95,7 @@ class Sampling:
     ) -> ModelResponse:
         self.model = infer_model(self.model)
         self.limits.check_request(self.usage)
-        self.usage.count_requests(1)
+        self.usage.count_request()
         settings = ModelSettings(max_tokens=max(1, min(params.max_tokens, self.max_tokens)))
         left = self.limits.output_tokens_left(self.usage)
         if left is not None:

@@ -16,10 +16,10 @@ def used(**counts: int) -> RunUsage:
 
 def test_a_run_adds_up_its_turns() -> None:
     usage = RunUsage()
-    usage.count_requests(1)
+    usage.count_request()
     usage.count_tokens(RequestUsage(input_tokens=10, cached_tokens=4, output_tokens=2))
     earlier = usage.model_copy()
-    usage.count_requests(1)
+    usage.count_request()
     usage.count_tokens(RequestUsage(input_tokens=20, cached_tokens=12, output_tokens=3))
     assert usage == used(requests=2, input_tokens=30, cached_tokens=16, output_tokens=5)
     assert usage.since(earlier) == used(
@@ -31,7 +31,7 @@ def test_a_part_counts_in_the_whole_as_it_goes() -> None:
     whole = used(requests=1)
     part = RunUsage.part_of(whole)
     inner = RunUsage.part_of(part)
-    inner.count_requests(1)
+    inner.count_request()
     inner.count_tokens(RequestUsage(input_tokens=7, output_tokens=2))
     part.count_tool_calls(3)
     assert inner.since(RunUsage()) == used(requests=1, input_tokens=7, output_tokens=2)
@@ -82,9 +82,9 @@ def test_budgets_count_from_where_they_began() -> None:
     limits = UsageLimits(request_limit=2, repeat_call_limit=3)
     run = Budget(limits, account, account.model_copy(), math.inf)
     budgets = (session, run)
-    account.count_requests(1)
+    account.count_request()
     budget.check_request(budgets)
-    account.count_requests(1)
+    account.count_request()
     with pytest.raises(UsageLimitExceeded, match="request_limit of 5"):
         budget.check_request(budgets)
     with pytest.raises(UsageLimitExceeded) as caught:
