@@ -49,6 +49,11 @@ def check_tool_calls(budgets: Sequence[Budget], calls: int) -> None:
         budget.limits.check_tool_calls(budget.used, calls)
 
 
+def limits_tool_calls(budgets: Sequence[Budget]) -> bool:
+    """Whether any budget limits how many tool calls are executed."""
+    return any(budget.limits.tool_calls_limit is not None for budget in budgets)
+
+
 def output_tokens_left(budgets: Sequence[Budget]) -> int | None:
     """How many new tokens every budget allows the next turn; None where none limits them."""
     lefts = [budget.limits.output_tokens_left(budget.used) for budget in budgets]

@@ -59,7 +59,8 @@ class ToolCallDelta:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallEnd:
-    """A call is complete; it runs once the model's turn is over."""
+    """A call is complete; it runs from now on (one of a ``sequential`` tool, and those after it,
+    once the model's turn is over)."""
 
     step: int
     index: int
@@ -68,7 +69,7 @@ class ToolCallEnd:
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """A call has been run (or refused); ``seconds`` of wall clock."""
+    """A call has been run (or refused); ``seconds`` of wall clock. Comes after the model's turn."""
 
     step: int
     index: int

@@ -39,6 +39,9 @@ Begins = Callable[[ToolCallPart], Awaitable[None]]
 """Told of a call when nothing is left to check and the tool is about to run."""
 WatchCall = Callable[[ToolCallPart], AbstractContextManager[ToolTrace]]
 """Entered around each call; its trace gets the result."""
+EarlyResult = Callable[[int, ToolCallPart], Awaitable[tuple[CallOutcome, float] | None]]
+"""What came of a call that was started before its turn was over, and the seconds it took; None
+where it was not. Takes the call's place among those run together."""
 
 
 @dataclass(slots=True)
@@ -73,8 +76,9 @@ class ToolRunner(Generic[DepsT]):
         on_result: OnResult,
         ledger: CallLedger | None = None,
         watch: WatchCall = unwatched,
+        early: EarlyResult | None = None,
     ) -> list[CallOutcome]:
-        """Run ``calls``; one outcome each, in order.
+        """Run ``calls``, but for those that run ``early`` already; one outcome each, in order.
 
         Calls of one step run at the same time, but for those of ``sequential`` tools. ``offered``
         are the tools of this step by name, narrowed as the step narrows them: what does not fit
@@ -92,19 +96,26 @@ class ToolRunner(Generic[DepsT]):
             calls = await ledger.resumed(calls, self.tools)
 
         async def run_one(index: int) -> None:
-            began = time.perf_counter()
-            with watch(calls[index]) as trace:
-                outcome = await self._recorded(index, calls[index], offered, ctx, count, ledger)
-                trace.outcome = outcome
+            known = None if early is None else await early(index, calls[index])
+            if known is None:
+                began = time.perf_counter()
+                run = partial(self._recorded, index, calls[index], offered, ctx, count, ledger)
+                known = await _watched(watch, calls[index], run), time.perf_counter() - began
+            outcome, seconds = known
             outcomes[index] = outcome
             if not isinstance(outcome, AwaitsApproval):
-                await on_result(index, outcome, time.perf_counter() - began)
+                await on_result(index, outcome, seconds)
 
         for batch in self._batches(calls):
             await _all([(run_one, index) for index in batch])
         ordered = [outcomes[index] for index in range(len(calls))]
         self._count_retries(calls, ordered, count)
         return ordered
+
+    def may_start_early(self, call: ToolCallPart) -> bool:
+        """Whether ``call`` may run before the turn that made it is over."""
+        tool = self.tools.get(call.tool_name)
+        return tool is not None and not tool.sequential
 
     def _batches(self, calls: Sequence[ToolCallPart]) -> Iterator[list[int]]:
         batch: list[int] = []
@@ -119,6 +130,18 @@ class ToolRunner(Generic[DepsT]):
                 batch.append(index)
         if batch:
             yield batch
+
+    async def start_early(
+        self,
+        call: ToolCallPart,
+        offered: Mapping[str, ToolDefinition],
+        ctx: RunContext[DepsT],
+        count: RetryCount,
+        watch: WatchCall,
+    ) -> CallOutcome:
+        """Run one call of a turn that goes on; see :meth:`run`."""
+        run = partial(self._recorded, 0, call, offered, ctx, count, None)
+        return await _watched(watch, call, run)
 
     async def _recorded(
         self,
@@ -239,6 +262,14 @@ class ToolRunner(Generic[DepsT]):
             count.by_tool[name] = count.by_tool.get(name, 0) + 1
             if count.by_tool[name] > self._retries_of(name):
                 raise ToolRetriesExceeded(name, reason, retries=self._retries_of(name))
+
+
+async def _watched(
+    watch: WatchCall, call: ToolCallPart, run: Callable[[], Awaitable[CallOutcome]]
+) -> CallOutcome:
+    with watch(call) as trace:
+        outcome = trace.outcome = await run()
+    return outcome
 
 
 async def _nothing(call: ToolCallPart) -> None:

@@ -24,9 +24,10 @@ class StepMetrics(BaseModel):
 
     The parts (queue, prefill, decode, grammar, draft, verify, tool, overhead) add up to
     ``total_s``; ``ttft_s``, from the step's begin to its first new token, is not part of the sum.
-    Models that cannot look inside (a remote one) report prefill as the time to the first token,
-    decode as the rest, and requests that failed and the pauses after them as queue. ``proposed``
-    and ``accepted`` count speculated tokens by source.
+    ``tool_s`` is what the step waited for its tools after the model's turn, not what they did
+    during it. Models that cannot look inside (a remote one) report prefill as the time to the first
+    token, decode as the rest, and requests that failed and the pauses after them as queue.
+    ``proposed`` and ``accepted`` count speculated tokens by source.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
+from dspark_agent.urgency import Urgency
+
 
 class ModelSettings(TypedDict, total=False):
     """Settings of one model turn; what is left out takes the model's default.
@@ -17,7 +19,9 @@ class ModelSettings(TypedDict, total=False):
     what is added to their logits. ``stop_sequences`` end the turn and are not part of the text.
     ``parallel_tool_calls``: whether one turn may hold several calls. ``retry_temperature``: the
     temperature of a turn that follows a refused one, where greedy decoding of a small model would
-    only repeat itself; its seed is moved on by the step's number.
+    only repeat itself; its seed is moved on by the step's number. ``urgency``: who waits for the
+    turn, a hint for a model that many agents share; an agent that another one's tool runs is at
+    least as urgent as that one.
     """
 
     max_tokens: int
@@ -34,6 +38,7 @@ class ModelSettings(TypedDict, total=False):
     parallel_tool_calls: bool
     retry_temperature: float
     forced: Literal["canonical", "verify", "off"]
+    urgency: Urgency
 
 
 def merge_settings(*layers: ModelSettings | None) -> ModelSettings:

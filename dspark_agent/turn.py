@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic
+
+import anyio
 
 from dspark_agent import budget, hooks
 from dspark_agent.answer import Answer, AnswerCheck, too_early
@@ -14,6 +18,7 @@ from dspark_agent.budget import Budget
 from dspark_agent.context import DepsT, RunContext
 from dspark_agent.conversation import Conversation
 from dspark_agent.deferred import AwaitsApproval, DeferredToolRequests
+from dspark_agent.early_calls import EarlyCalls, early_calls
 from dspark_agent.errors import UserError
 from dspark_agent.events import StepEnd, StepStart, ToolResult
 from dspark_agent.execution import CallOutcome, ToolPart, ToolRunner
@@ -21,14 +26,32 @@ from dspark_agent.hooks import Hooks
 from dspark_agent.journal.record import RunRecord
 from dspark_agent.journal.session import RecordedSession
 from dspark_agent.limits import RunUsage
-from dspark_agent.messages import RetryPromptPart
+from dspark_agent.messages import ModelResponse, RetryPromptPart, ToolCallPart
 from dspark_agent.metrics import StepMetrics
-from dspark_agent.models.base import ModelSession, ModelTurn
+from dspark_agent.models.base import ModelEvent, ModelSession, ModelTurn
 from dspark_agent.observer import Watch
 from dspark_agent.relay import EventHandler, EventRelay
 from dspark_agent.settings import ModelSettings, merge_settings
 from dspark_agent.step import UNSET, StepPlan, StepResult
 from dspark_agent.trace import StepTrace
+from dspark_agent.urgency import standing, waited_for
+
+
+@dataclass(frozen=True, slots=True)
+class _Calls:
+    """The calls of one turn, and what they are run with; ``finals`` are the places of those whose
+    arguments are the answer."""
+
+    made: Sequence[ToolCallPart]
+    turn: ModelTurn
+    budgets: Sequence[Budget]
+    relay: EventRelay
+    trace: StepTrace
+    early: EarlyCalls
+
+    @property
+    def finals(self) -> list[int]:
+        return [i for i, call in enumerate(self.made) if call.tool_name in self.turn.output_tools]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,27 +107,23 @@ class TurnTaker(Generic[DepsT]):
         self._check_can_pause(plan)
         turn = await hooks.before_model(self.hooks, ctx, self._turn(conversation, plan, budgets))
         await relay.send(StepStart(index, plan.kind, attempt))
-        trace.is_replayed = isinstance(self.model, RecordedSession) and self.model.is_recorded
-        with self.usage.request(), self.watch.turn(trace, conversation.unsent, turn):
-            response = await self.model.step(conversation.unsent, turn, relay.on_model)
-            trace.response, trace.model_ended = response, time.perf_counter()
-        conversation.heard(response)
-        self.usage.count_tokens(response.usage)
-        ctx = replace(ctx, messages=tuple(conversation.messages))
-        await hooks.after_model(self.hooks, ctx, response)
-
-        ctx = replace(ctx, retry=attempt - 1)
-        check = AnswerCheck(plan, ctx, attempt, self._known_refusal(index))
-        parts: list[ToolPart] = []
-        tools_began = time.perf_counter()
-        if response.tool_calls:
-            answer, parts = await self._take_calls(conversation, turn, check, budgets, relay, trace)
-            tool_s = time.perf_counter() - tools_began
-        else:
-            answer = await check.written(response)
-            tool_s = 0.0
-            if answer.reason is not None:
-                conversation.ask(RetryPromptPart(content=answer.reason))
+        tool_s = 0.0
+        with waited_for(standing(turn.urgency, _seconds(turn.deadline_s))):
+            async with self._early_calls(conversation, turn, ctx, budgets, trace) as early:
+                response = await self._written(conversation, turn, relay, trace, early)
+                ctx = replace(ctx, messages=tuple(conversation.messages), retry=attempt - 1)
+                await hooks.after_model(self.hooks, ctx, response)
+                check = AnswerCheck(plan, ctx, attempt, self._known_refusal(index))
+                parts: list[ToolPart] = []
+                if response.tool_calls:
+                    tools_began = time.perf_counter()
+                    calls = _Calls(response.tool_calls, turn, budgets, relay, trace, early)
+                    answer, parts = await self._take_calls(conversation, calls, check, response)
+                    tool_s = time.perf_counter() - tools_began
+                else:
+                    answer = await check.written(response)
+                    if answer.reason is not None:
+                        conversation.ask(RetryPromptPart(content=answer.reason))
         trace.metrics = response.metrics.closed(
             total_s=time.perf_counter() - trace.began, tool_s=tool_s
         )
@@ -146,89 +165,131 @@ class TurnTaker(Generic[DepsT]):
         limit = budget.output_tokens_left(budgets)
         if limit is not None:
             settings["max_tokens"] = min(limit, settings.get("max_tokens", limit))
-        return replace(replace(plan, tools=tools).turn, settings=settings)
+        wanted = standing(settings.get("urgency"), budget.deadline(budgets) - anyio.current_time())
+        return replace(
+            replace(plan, tools=tools).turn,
+            settings=settings,
+            urgency=wanted.urgency,
+            deadline_s=wanted.deadline_s,
+        )
+
+    def _early_calls(
+        self,
+        conversation: Conversation,
+        turn: ModelTurn,
+        ctx: RunContext[DepsT],
+        budgets: Sequence[Budget],
+        trace: StepTrace,
+    ) -> AbstractAsyncContextManager[EarlyCalls]:
+        """Calls start while the turn is written, unless something has to come between: their limit,
+        which is known to be kept when all are; a hook; the journal, which has the turn first."""
+        free = self.record is None and not hooks.watch_responses(self.hooks)
+        return early_calls(
+            self.runner,
+            offered={tool.name: tool for tool in turn.tools},
+            ctx=replace(ctx, messages=tuple(conversation.messages)),
+            count=conversation.retries,
+            watch=partial(self.watch.tool, trace),
+            allowed=free and not budget.limits_tool_calls(budgets),
+        )
+
+    async def _written(
+        self,
+        conversation: Conversation,
+        turn: ModelTurn,
+        relay: EventRelay,
+        trace: StepTrace,
+        early: EarlyCalls,
+    ) -> ModelResponse:
+        """What the model writes; it counts as said."""
+
+        async def on_model(event: ModelEvent) -> None:
+            early.hear(event)
+            await relay.on_model(event)
+
+        trace.is_replayed = isinstance(self.model, RecordedSession) and self.model.is_recorded
+        with self.usage.request(), self.watch.turn(trace, conversation.unsent, turn):
+            response = await self.model.step(conversation.unsent, turn, on_model)
+            trace.response, trace.model_ended = response, time.perf_counter()
+        early.written()
+        conversation.heard(response)
+        self.usage.count_tokens(response.usage)
+        return response
 
     async def _take_calls(
         self,
         conversation: Conversation,
-        turn: ModelTurn,
+        calls: _Calls,
         check: AnswerCheck,
-        budgets: Sequence[Budget],
-        relay: EventRelay,
-        trace: StepTrace,
+        response: ModelResponse,
     ) -> tuple[Answer, list[ToolPart]]:
         """Run the calls, then read the answer in those of output tools. One part each, in order,
         but for those that wait for approval.
 
         A call of a tool beside the answer is run as any other: what a model does is never dropped.
         """
-        response = trace.response
-        assert response is not None
-        calls = response.tool_calls
-        finals = [i for i, call in enumerate(calls) if call.tool_name in turn.output_tools]
-        tools = [i for i in range(len(calls)) if i not in finals]
+        made, finals = calls.made, calls.finals
         outcomes: dict[int, CallOutcome] = {}
         answer = Answer()
-        if tools:
-            run = await self._run_tools(conversation, tools, turn, check, budgets, relay, trace)
-            outcomes.update(zip(tools, run, strict=True))
-            waiting = [outcome for outcome in run if isinstance(outcome, AwaitsApproval)]
-            answer = (
-                Answer(_pause(check.plan, waiting)) if waiting else Answer(reason=_refusal(run))
-            )
+        if len(finals) < len(made):
+            outcomes = await self._run_tools(conversation, calls, check)
+            waiting = [each for each in outcomes.values() if isinstance(each, AwaitsApproval)]
+            if waiting:
+                answer = Answer(_pause(check.plan, waiting))
+            else:
+                answer = Answer(reason=_refusal(list(outcomes.values())))
         if finals:
             began = time.perf_counter()
-            called = [calls[i] for i in finals]
+            called = [made[i] for i in finals]
             if answer.value is UNSET:
                 answer = await check.called(response, called)
             else:
                 answer = replace(answer, told=too_early(called))
             for index, part in zip(finals, answer.told, strict=True):
                 outcomes[index] = part
-                await relay.send(ToolResult(relay.step, index, part, time.perf_counter() - began))
-        ordered = [outcomes[index] for index in range(len(calls))]
+                seconds = time.perf_counter() - began
+                await calls.relay.send(ToolResult(calls.relay.step, index, part, seconds))
+        ordered = [outcomes[index] for index in range(len(made))]
         parts = [outcome for outcome in ordered if not isinstance(outcome, AwaitsApproval)]
         if parts:
             conversation.ask(*parts)
         return answer, parts
 
     async def _run_tools(
-        self,
-        conversation: Conversation,
-        places: Sequence[int],
-        turn: ModelTurn,
-        check: AnswerCheck,
-        budgets: Sequence[Budget],
-        relay: EventRelay,
-        trace: StepTrace,
-    ) -> list[CallOutcome]:
-        assert trace.response is not None
-        calls = [trace.response.tool_calls[place] for place in places]
-        budget.check_tool_calls(budgets, len(calls))
-        self.usage.count_tool_calls(len(calls))
-        notes = conversation.repeats.record(calls)
+        self, conversation: Conversation, calls: _Calls, check: AnswerCheck
+    ) -> dict[int, CallOutcome]:
+        """The outcomes of the calls that are not the answer, by their places."""
+        places = [i for i in range(len(calls.made)) if i not in calls.finals]
+        run = [calls.made[place] for place in places]
+        budget.check_tool_calls(calls.budgets, len(run))
+        self.usage.count_tool_calls(len(run))
+        notes = conversation.repeats.record(run)
+        likely = self._turn(conversation, check.plan, calls.budgets)
+        relay, early = calls.relay, calls.early
 
         async def on_result(index: int, part: ToolPart, seconds: float) -> None:
             noted = part.model_copy(update={"note": notes[index]})
             await relay.send(ToolResult(relay.step, places[index], noted, seconds))
 
-        outcomes = await self.runner.run(
-            calls,
-            offered={tool.name: tool for tool in turn.tools},
-            ctx=check.ctx,
-            count=conversation.retries,
-            on_result=on_result,
-            ledger=None if self.record is None else self.record.calls_of(relay.step),
-            watch=partial(self.watch.tool, trace),
-        )
+        with early.beside(partial(self.model.anticipate, calls.made, likely)):
+            outcomes = await self.runner.run(
+                run,
+                offered={tool.name: tool for tool in calls.turn.tools},
+                ctx=check.ctx,
+                count=conversation.retries,
+                on_result=on_result,
+                ledger=None if self.record is None else self.record.calls_of(relay.step),
+                watch=partial(self.watch.tool, calls.trace),
+                early=lambda index, call: early.result(places[index], call),
+            )
         waiting = sum(isinstance(outcome, AwaitsApproval) for outcome in outcomes)
         self.usage.count_tool_calls(-waiting)
-        return [
-            outcome
+        return {
+            place: outcome
             if isinstance(outcome, AwaitsApproval)
             else outcome.model_copy(update={"note": note})
-            for outcome, note in zip(outcomes, notes, strict=True)
-        ]
+            for place, outcome, note in zip(places, outcomes, notes, strict=True)
+        }
 
     def _known_refusal(self, step: int) -> Answer | None:
         """What the journal has of an answer that was refused: it is not checked again."""
@@ -253,6 +314,10 @@ def _settings(conversation: Conversation, given: ModelSettings) -> ModelSettings
         settings["temperature"] = again
         settings["seed"] = settings.get("seed", 0) + len(steps)
     return settings
+
+
+def _seconds(deadline_s: float | None) -> float:
+    return math.inf if deadline_s is None else deadline_s
 
 
 def _pause(plan: StepPlan, waiting: Sequence[AwaitsApproval]) -> DeferredToolRequests:

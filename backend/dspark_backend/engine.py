@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -30,14 +31,18 @@ from dspark_backend.kernels import jit
 from dspark_backend.kv.contiguous import SequenceKV
 from dspark_backend.kv.pool import SequencePool
 from dspark_backend.loop import StepLoop
-from dspark_backend.request import StepOutcome, StepRequest
+from dspark_backend.request import StepOutcome, StepRequest, Urgency
 from dspark_backend.running import RunningStep
 from dspark_backend.scheduler import Limits
 from dspark_backend.session import Session
-from dspark_backend.speculation.budget import Budget
+from dspark_backend.speculation.arbiter import Arbiter
+from dspark_backend.speculation.candidate import BudgetPolicy
 from dspark_backend.speculation.cost import CostModel
 from dspark_backend.speculation.cost_store import check_conditions, conditions_here, keep
+from dspark_backend.speculation.policies import Fixed, named
 from dspark_backend.speculation.protocol import Drafter
+from dspark_backend.speculation.signals import Signals
+from dspark_backend.speculation.step_aware import StepAware
 from dspark_backend.target.decoder import Decoder
 from dspark_backend.target.load import load_decoder
 from dspark_backend.target.precision import Precision, default_precision
@@ -66,11 +71,14 @@ class Engine:
         kv_bytes: int,
         limits: Limits,
         drafter: Drafter | None = None,
-        budget: Budget | None = None,
+        policy: BudgetPolicy | None = None,
         cost: CostModel | None = None,
+        signals: Signals | None = None,
     ) -> None:
-        """``drafter`` turns speculation on; ``budget`` says how much of a block is verified, the
-        whole of it when left out; ``cost`` what passes and drafts take on this machine."""
+        """``drafter`` or ``cost`` turn speculation on: ``cost`` is what passes and drafts take on
+        this machine, so that copies and drafts are verified as far as they pay. ``policy`` says how
+        much that is, ``step_aware`` when left out, or whole blocks where no cost is known, in which
+        case nothing is copied either. ``signals`` is for ablations."""
         self.files = files
         self.name = files.name
         self.config: TargetConfig = files.config
@@ -78,12 +86,17 @@ class Engine:
         self.precision = precision
         self.threads = threads
         self.max_context = decoder.max_positions
-        self.speculative = drafter is not None
+        self.speculative = drafter is not None or cost is not None
         self.cost = cost
         self.lock = threading.RLock()
         draft_shape = None if drafter is None else drafter.context_shape
         self._pool = SequencePool(decoder.kv_shape, draft_shape, kv_bytes)
-        self._loop = StepLoop(decoder, self._pool, threads, limits, drafter, budget, self._retire)
+        size = 0 if drafter is None else drafter.block_size
+        usual = Fixed(size) if cost is None else StepAware(block_size=size or 8)
+        arbiter = Arbiter(size, policy or usual, cost, signals or Signals(copies=cost is not None))
+        self._loop = StepLoop(
+            decoder, self._pool, threads, limits, drafter, arbiter, cost, self._retire
+        )
         self._sessions: set[Session] = set()
         self._work = threading.Condition(self.lock)
         self._closing = False
@@ -105,7 +118,8 @@ class Engine:
         limits: Limits | None = None,
         speculation: bool | None = None,
         drafter: str | Path | None = None,
-        budget: Budget | None = None,
+        policy: str | BudgetPolicy | None = None,
+        signals: Signals | None = None,
         cost: CostModel | None = None,
         progress: ProgressSink | None = None,
     ) -> Engine:
@@ -115,11 +129,13 @@ class Engine:
         ``int8`` or ``int8x16``; None takes the model's default. ``threads``: None for all cores.
         ``max_context``: tokens a session may hold, None for the model's own limit up to 8,192.
         ``kv_bytes``: memory granted to keys and values of all sessions. ``speculation``: False
-        decodes plainly, True drafts with ``drafter`` (a checkpoint folder) or the one that ships
-        for this model, None does so if there is one. ``budget`` bounds what is verified of a
-        block. ``cost`` foresees the seconds of passes and drafts; None takes what was measured on
-        this machine before, or measures it (two seconds) if there is something to speculate with.
-        The output is the same in all cases.
+        decodes plainly; else tokens are copied from the session's log, and drafted with ``drafter``
+        (a checkpoint folder) or the one that ships for this model, which True insists on.
+        ``policy`` says how much of a proposal is verified: a name such as ``step_aware`` (the
+        default), ``fixed-4`` or ``plain``, see :func:`~dspark_backend.speculation.policies.named`.
+        ``signals`` turns parts of the scheduler off, for ablations. ``cost`` foresees the seconds
+        of passes and drafts; None takes what was measured on this machine before, or measures it
+        (two seconds) unless ``speculation`` is False. The output is the same in all cases.
 
         Raises:
             ModelNotFoundError, DownloadError, ModelFormatError: no such model, no way to get it,
@@ -151,10 +167,14 @@ class Engine:
             known = cost
             if known is not None:
                 check_conditions(known.table, conditions)
-            elif drafting is not None:
+            elif speculation is not False:
                 known = kept_or_measured(decoder, drafting, conditions)
+            size = 0 if drafting is None else drafting.block_size
+            budget = named(policy, size or 8) if isinstance(policy, str) else policy
             bounds = limits or Limits()
-            return cls(files, decoder, chosen, workers, kv_bytes, bounds, drafting, budget, known)
+            return cls(
+                files, decoder, chosen, workers, kv_bytes, bounds, drafting, budget, known, signals
+            )
 
         return _apart(build)
 
@@ -190,18 +210,38 @@ class Engine:
             RequestError: nothing to go on from, an id outside the vocabulary, or bad sampling.
             ContextLengthError: the session's log, the request and ``max_new_tokens`` together
                 exceed ``max_context``.
-            SessionClosedError: the session is closed or has a step in flight.
+            CapacityError: the step can never run: it is larger than ``kv_bytes``. One for which
+                the memory is not free now waits in the queue.
+            SessionClosedError: the session is closed or has a step in flight that is no prefill.
             EngineClosedError: the engine was closed.
         """
         with self.lock:
             self._check_open()
-            session.check_idle("take a step")
+            prefill = session.prefilling
+            if prefill is None:
+                session.check_idle("take a step")
             self._check(session, request)
             step = RunningStep(session, request, self.tokenizer, self.config.vocab_size, on_event)
+            if prefill is not None:
+                prefill.cancel()  # what it has not computed is part of the log that this one takes
             session.running = step
-            self._loop.queued.append(step)
+            session.expected_at = None
+            self._loop.submit(step)
             self._work.notify()
             return StepHandle(step)
+
+    def prefill(self, session: Session, tokens: Sequence[int]) -> StepHandle:
+        """Append ``tokens`` to the log and compute it in the background, when nobody more urgent
+        needs the model: for what is certain to follow, while a tool runs.
+
+        The next step takes over from a prefill that is not done (its handle ends with
+        ``cancelled``) and loses nothing; so does who cancels it: the tokens stay in the log.
+
+        Raises:
+            RequestError, ContextLengthError, SessionClosedError, EngineClosedError: as
+                :meth:`submit`.
+        """
+        return self.submit(session, StepRequest(tuple(tokens), 0, urgency=Urgency.BACKGROUND))
 
     def step(self, session: Session, request: StepRequest) -> StepOutcome:
         """Take a step and wait for it. Raises what :meth:`submit` and the step itself raise."""
@@ -211,7 +251,7 @@ class Engine:
         """Cancel what runs, free the memory, end the thread. Idempotent."""
         with self.lock:
             self._closing = True
-            for step in (*self._loop.queued, *self._loop.running):
+            for step in (*self._loop.waiting, *self._loop.running):
                 step.cancel()
             self._work.notify()
         if threading.current_thread() is not self._thread:
@@ -303,8 +343,12 @@ class Engine:
                 "the step has no tokens and all of its session's log is computed: "
                 "give at least one token, or roll one back"
             )
-        if request.max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens must be at least 1, not {request.max_new_tokens}")
+        if request.max_new_tokens < 0:
+            raise RequestError(f"max_new_tokens must not be negative: {request.max_new_tokens}")
+        if request.max_new_tokens == 0 and request.grammar is not None:
+            raise RequestError("a step of max_new_tokens 0 writes nothing: give it no grammar")
+        if request.deadline_s is not None and math.isnan(request.deadline_s):
+            raise RequestError("deadline_s is not a number of seconds")
         highest = max(request.tokens, default=0)
         if highest >= self.config.vocab_size or min(request.tokens, default=0) < 0:
             raise RequestError(
@@ -317,7 +361,7 @@ class Engine:
                 f"{request.max_new_tokens} to write), the context holds {self.max_context}: "
                 "ask for fewer, shorten the prompt, or load the engine with a larger max_context"
             )
-        self._pool.check_fits(needed)
+        self._loop.check_fits(needed)
         if request.grammar is not None and request.grammar.words != _words(self.config.vocab_size):
             raise RequestError(
                 f"the grammar was compiled for {request.grammar.words * 32} tokens, the model "

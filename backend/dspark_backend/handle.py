@@ -21,6 +21,15 @@ class StepHandle:
         """End the step within one iteration of the engine; its result says ``cancelled``."""
         self._running.cancel()
 
+    @property
+    def done(self) -> bool:
+        """Whether the step is over, for whatever reason."""
+        return self._running.over.is_set()
+
+    def wait(self) -> None:
+        """Wait for the end of the step, whatever it ends with."""
+        self._running.over.wait()
+
     def events(self) -> Iterator[StepEvent]:
         """All events not read yet, as they come; ends after ``Finished`` or ``Failed``."""
         while self._last is None:

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dspark_backend.admission import Admission
 from dspark_backend.kernels import jit
 from dspark_backend.kv.contiguous import SequenceKV
 from dspark_backend.kv.pool import SequencePool
 from dspark_backend.request import FinishReason
 from dspark_backend.running import RunningStep
-from dspark_backend.scheduler import Limits, plan
+from dspark_backend.scheduler import Limits, plan, precedence, weight
 from dspark_backend.session import Session
-from dspark_backend.speculation.budget import Budget
-from dspark_backend.speculation.protocol import Anchor, Drafter
+from dspark_backend.speculation.account import CycleAccount
+from dspark_backend.speculation.arbiter import Arbiter, Decision
+from dspark_backend.speculation.block import Block, Offer
+from dspark_backend.speculation.candidate import Candidate
+from dspark_backend.speculation.copy_acceptance import CopyAcceptance
+from dspark_backend.speculation.cost import CostModel
+from dspark_backend.speculation.protocol import Drafter
 from dspark_backend.target.batch import Batch, Rows
 from dspark_backend.target.decoder import Decoder, Pass
+from dspark_backend.waiting import WaitingLine
 
 _log = logging.getLogger(__name__)
 
@@ -40,24 +48,38 @@ class StepLoop:
         threads: int,
         limits: Limits,
         drafter: Drafter | None,
-        budget: Budget | None,
+        arbiter: Arbiter,
+        cost: CostModel | None,
         retire: Callable[[Session], None],
     ) -> None:
-        """``budget`` is how much of a block is verified, the whole of it when left out; ``retire``
-        takes a session that was closed while its step ran."""
-        self.queued: list[RunningStep] = []
+        """``cost`` learns from every cycle; ``retire`` takes a session that was closed while its
+        step ran."""
+        self.waiting: WaitingLine[RunningStep] = WaitingLine()
         self.running: list[RunningStep] = []
         self._decoder = decoder
         self._pool = pool
         self._threads = threads
         self._limits = limits
         self._drafter = drafter
-        self._budget = budget or Budget(0 if drafter is None else drafter.block_size)
+        self._arbiter = arbiter
+        self._cost = cost
+        self._copied = CopyAcceptance()
+        self._cycle = _Cycle()
+        self._admission = Admission(pool, 0 if drafter is None else drafter.block_size)
         self._retire = retire
 
     @property
     def idle(self) -> bool:
-        return not (self.queued or self.running)
+        return not (self.waiting or self.running)
+
+    def submit(self, step: RunningStep) -> None:
+        """Queue ``step``."""
+        step.weight = weight(step.request.urgency)
+        self.waiting.add(step, step.request.urgency, step.due)
+
+    def check_fits(self, positions: int) -> None:
+        """Raises CapacityError when a step that ends with so many positions can never run."""
+        self._admission.check_fits(positions)
 
     def schedule(self, live: Sequence[Session]) -> list[tuple[RunningStep, Rows]]:
         """Who takes part in the next pass, and with which tokens."""
@@ -66,17 +88,26 @@ class StepLoop:
         for step in self.running:
             self._guarded(step, step.clear)
         self._sweep()
-        self._draft()
+        self._cycle = _Cycle()
+        self._propose()
         self._sweep()
+        self._budget()
         chosen = []
-        counts = plan([step.pending for step in self.running], self._limits)
-        for step, count in zip(self.running, counts, strict=True):
-            if not count:
+        order = [
+            precedence(step.request.urgency, step.due, place)
+            for place, step in enumerate(self.running)
+        ]
+        counts = plan([step.base_rows for step in self.running], self._limits, order)
+        for step, committed in zip(self.running, counts, strict=True):
+            if not committed:
                 continue
             kv = step.session.kv
+            # Drafts come with the last committed tokens, and on top of what was planned.
+            count = committed + (len(step.block.tokens) if committed == step.base_rows else 0)
             self._guarded(step, partial(self._pool.reserve, kv, kv.length + count))
             if not step.finished:
-                wanted = 1 + len(step.block.tokens) if count == step.pending else 0
+                whole = count == step.pending and not step.is_prefill
+                wanted = 1 + len(step.block.tokens) if whole else 0
                 chosen.append((step, Rows(kv, step.rows(count), wanted)))
         self._sweep()
         return chosen
@@ -94,10 +125,11 @@ class StepLoop:
     ) -> None:
         """Verify every step's block and commit what holds; the draft contexts follow the KV."""
         row = wanted = 0
+        self._observe(chosen, seconds)
         for step, rows in chosen:
             logits = result.logits[wanted : wanted + rows.logits]
             before = rows.kv.length
-            self._guarded(step, partial(_verify, step, rows, logits, seconds))
+            self._guarded(step, partial(self._verify, step, rows, logits, seconds))
             if rows.kv.draft is not None and not step.session.closed:
                 features = result.features[row : row + rows.kv.length - before]
                 self._guarded(step, partial(self._extend, step, rows.kv.draft, features))
@@ -113,49 +145,146 @@ class StepLoop:
         self._sweep()
 
     def _drop_cancelled(self) -> None:
-        for step in (*self.queued, *self.running):
+        waiting = [step for step in self.waiting if step.cancelled]
+        for step in waiting:
+            self.waiting.remove(step)
+        for step in (*waiting, *self.running):
             if step.cancelled:
                 self._guarded(step, partial(step.finish, FinishReason.CANCELLED))
-        self.queued = [step for step in self.queued if not step.finished]
         self._sweep()
 
     def _admit(self, live: Sequence[Session]) -> None:
-        while self.queued and len(self.running) < self._limits.running:
-            step = self.queued.pop(0)
-            self._guarded(step, partial(self._start, step, live))
+        """Admit who is next while there is room; nobody passes a step that waits for memory."""
+        while len(self.running) < self._limits.running:
+            step = self.waiting.next
+            if step is None or not self._admission.make_room(step, live):
+                return
+            self.waiting.take()
+            self._guarded(step, partial(self._start, step))
             if not step.finished:
                 self.running.append(step)
 
-    def _start(self, step: RunningStep, live: Sequence[Session]) -> None:
-        session = step.session
-        if session.kv.length == 0:
-            others = [(other.log, other.kv) for other in live if other is not session]
-            self._pool.reuse(session.kv, session.log, others)
+    def _start(self, step: RunningStep) -> None:
+        self._admission.fill(step)
         step.admit()
         step.begin()
 
-    def _draft(self) -> None:
-        """One call of the drafter for all the steps that can use a block."""
-        steps = [step for step in self.running if step.draftable]
-        if self._drafter is None or not steps or not self._budget.length:
-            return
+    def _propose(self) -> None:
+        """Every step that decodes gets a block: a copy, a draft, or neither."""
+        steps = [
+            step
+            for step in self.running
+            if step.base_rows <= self._limits.decode_rows and not step.block.tokens
+        ]
+        copies: dict[int, Offer] = {}
+        for index, step in enumerate(steps):
+            offer = self._copy(step)
+            if offer is not None:
+                copies[index] = offer
+        drafts = self._draft(steps, copies)
+        for index, step in enumerate(steps):
+            offer = self._arbiter.better(step, copies.get(index), drafts.get(index))
+            if offer is not None and not step.finished:
+                self._guarded(step, partial(self._lay_out, step, offer))
+
+    def _lay_out(self, step: RunningStep, offer: Offer) -> None:
+        copies = self._arbiter.signals.copies
+        proposer = step.session.copies(self._copied) if copies else None
+        extend = None if proposer is None else self._arbiter.continuation(proposer, step)
+        step.offer(offer, extend)
+
+    def _copy(self, step: RunningStep) -> Offer | None:
+        if not self._arbiter.signals.copies:
+            return None
+        try:
+            return self._arbiter.copies(step.session.copies(self._copied), step)
+        except Exception:
+            # As with the drafter: proposals only ever save time.
+            _log.exception("copying failed: a step goes on without")
+            return None
+
+    def _draft(self, steps: Sequence[RunningStep], copies: Mapping[int, Offer]) -> dict[int, Offer]:
+        """One call of the drafter for all the steps for which it pays; their offers by index."""
+        if self._drafter is None:
+            return {}
+        size, signals = self._drafter.block_size, self._arbiter.signals
+        able = [i for i, step in enumerate(steps) if step.draftable(size, known=signals.known)]
+        deciding = [steps[i] for i in able]
+        known = {place: copies[i] for place, i in enumerate(able) if i in copies}
+        others = self._bystanders(deciding)
+        chosen = [able[place] for place in self._arbiter.to_draft(deciding, known, others)]
         started = time.perf_counter()
-        for step in steps:
-            self._guarded(step, partial(self._room_to_draft, step, self._drafter.block_size))
-        steps = [step for step in steps if not step.finished]
-        anchors = [Anchor(_context(step), step.session.log[-1]) for step in steps]
+        for i in chosen:
+            self._guarded(steps[i], partial(self._room_to_draft, steps[i], size))
+        chosen = [i for i in chosen if not steps[i].finished]
+        anchors = [steps[i].anchor(_context(steps[i]), guided=signals.guided) for i in chosen]
         if not anchors:
-            return
+            return {}
         try:
             with jit.threads(self._threads):
                 proposals = self._drafter.propose(anchors)
         except Exception:
             # Drafts only ever save time, so the steps go on without; nobody should miss why.
-            _log.exception("the drafter failed: %d steps decode one token plainly", len(steps))
-            return
+            _log.exception("the drafter failed: %d steps decode one token plainly", len(chosen))
+            return {}
         seconds = time.perf_counter() - started
-        for step, proposal in zip(steps, proposals, strict=True):
-            self._guarded(step, partial(step.propose, proposal, self._budget, seconds))
+        self._cycle.anchors, self._cycle.draft_s = len(anchors), seconds
+        offers = {}
+        for i, proposal in zip(chosen, proposals, strict=True):
+            steps[i].drafted(seconds)
+            if proposal.tokens:
+                offers[i] = self._arbiter.drafted(steps[i], proposal)
+        return offers
+
+    def _budget(self) -> None:
+        """Cut every block to what is to be verified of it."""
+        steps = [step for step in self.running if step.base_rows <= self._limits.decode_rows]
+        try:
+            decisions = self._arbiter.decide(steps, self._bystanders(steps))
+        except Exception:
+            _log.exception("no budget: %d steps take what the grammar forces", len(steps))
+            decisions = [Decision(step.block.free, "the policy failed") for step in steps]
+        for step, decision in zip(steps, decisions, strict=True):
+            if step.request.explain:
+                self._cycle.explained[step] = (step.block, decision)
+            step.block = step.block.first(decision.length)
+
+    def _bystanders(self, steps: Sequence[RunningStep]) -> list[Candidate]:
+        """The other steps of the pass: those that prefill, with the rows they may get."""
+        others = [step for step in self.running if step not in steps]
+        counts = plan([step.base_rows for step in self.running], self._limits)
+        rows = dict(zip(map(id, self.running), counts, strict=True))
+        return [
+            Candidate((), base_rows=rows[id(step)], context=step.context)
+            for step in others
+            if rows[id(step)]
+        ]
+
+    def _observe(self, chosen: Sequence[tuple[RunningStep, Rows]], seconds: float) -> None:
+        """What the pass took, beside what was foreseen; of passes that only decode."""
+        cycle = self._cycle
+        cycle.rows = sum(len(rows.tokens) for _, rows in chosen)
+        cycle.requests, cycle.verify_s = len(chosen), seconds
+        if self._cost is None:
+            return
+        context = sum(rows.kv.length for _, rows in chosen)
+        cycle.predicted_s = self._cost.verify_s(cycle.rows, cycle.requests, context)
+        cycle.predicted_s += self._cost.draft_s(cycle.anchors)
+        if all(rows.logits for _, rows in chosen):
+            self._cost.observe(
+                cycle.rows, cycle.requests, context, cycle.anchors, seconds, cycle.draft_s
+            )
+
+    def _verify(self, step: RunningStep, rows: Rows, logits: torch.Tensor, seconds: float) -> None:
+        step.computed(len(rows.tokens), seconds)
+        if not rows.logits:
+            return
+        block = step.block
+        if step.request.explain:
+            step.account = self._cycle.account(step)
+        accepted = step.advance(logits)
+        proposer = step.session.copies(self._copied) if self._arbiter.signals.copies else None
+        self._arbiter.learn(step, proposer, block, accepted)
 
     def _room_to_draft(self, step: RunningStep, positions: int) -> None:
         """A block's own keys and values go past the end of its context."""
@@ -179,7 +308,7 @@ class StepLoop:
         except Exception as error:
             if not step.finished:
                 step.fail(error)
-        if step.finished and step.session.closed:
+        if step.finished and step.session.closed and step.session.running is None:
             self._retire(step.session)
 
     def _sweep(self) -> None:
@@ -192,7 +321,33 @@ def _context(step: RunningStep) -> SequenceKV:
     return context
 
 
-def _verify(step: RunningStep, rows: Rows, logits: torch.Tensor, seconds: float) -> None:
-    step.computed(len(rows.tokens), seconds)
-    if rows.logits:
-        step.advance(logits)
+@dataclass(slots=True, eq=False)
+class _Cycle:
+    """What is known of the cycle under way."""
+
+    anchors: int = 0
+    draft_s: float = 0.0
+    rows: int = 0
+    requests: int = 0
+    verify_s: float = 0.0
+    predicted_s: float | None = None
+    explained: dict[RunningStep, tuple[Block, Decision]] = field(default_factory=dict)
+
+    def account(self, step: RunningStep) -> CycleAccount:
+        """As ``step`` sees it before its block is judged."""
+        block, decision = self.explained.get(step, (step.block, Decision(0, "prefill")))
+        return CycleAccount(
+            position=len(step.session.log),
+            tokens=block.tokens,
+            sources=block.sources,
+            survival=block.survival,
+            verified=decision.length,
+            reason=decision.reason,
+            accepted=0,
+            written=0,
+            rows=self.rows,
+            requests=self.requests,
+            draft_s=self.draft_s,
+            verify_s=self.verify_s,
+            predicted_s=self.predicted_s,
+        )

@@ -11,6 +11,7 @@ from dspark_backend.metrics import EngineMetrics
 
 if TYPE_CHECKING:
     from dspark_backend.grammar.compile import Grammar
+    from dspark_backend.speculation.account import CycleAccount
 
 
 class StepKind(StrEnum):
@@ -20,6 +21,18 @@ class StepKind(StrEnum):
     TOOL_CALL = "tool_call"
     TYPED_RESULT = "typed_result"
     MIXED = "mixed"
+
+
+class Urgency(StrEnum):
+    """Who waits for a step: a hint for the scheduler, never a change of the output.
+
+    ``critical``: it is on the critical path of other work. ``interactive``: somebody waits for it.
+    ``background``: nobody waits for it now.
+    """
+
+    CRITICAL = "critical"
+    INTERACTIVE = "interactive"
+    BACKGROUND = "background"
 
 
 class ForcedMode(StrEnum):
@@ -35,6 +48,20 @@ class ForcedMode(StrEnum):
     OFF = "off"
 
 
+class AcceptanceRule(StrEnum):
+    """How drafts are held against the target at temperatures above 0 (DSPARK.md, section 6); at 0
+    both compare with the most likely token.
+
+    ``coupled``: drafts stand where they are what plain decoding with this seed writes, so the text
+    is the same with speculation and without. ``rejection``: drafts are sampled and pass a ratio
+    test; the text follows the same distribution, more drafts stand, and which text a seed gives
+    depends on the drafter and on what was verified when.
+    """
+
+    COUPLED = "coupled"
+    REJECTION = "rejection"
+
+
 class FinishReason(StrEnum):
     STOP = "stop"  # end-of-turn token or a stop token
     STOP_STRING = "stop_string"
@@ -46,8 +73,8 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen. Noise is keyed by ``(seed, position)``, so one seed gives one
-    text whatever shares the batch.
+    """How the next token is chosen. Noise is keyed by ``(seed, position)``, so with ``coupled``
+    acceptance one seed gives one text whatever shares the batch and whoever drafts.
 
     ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 and ``min_p`` 0 are off. Penalties
     follow the usual definitions: ``repetition_penalty`` (Keskar et al. 2019) over prompt and
@@ -63,6 +90,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int = 0
+    acceptance: AcceptanceRule = AcceptanceRule.COUPLED
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +99,12 @@ class StepRequest:
 
     ``tokens`` are appended to the session's log. ``stop`` strings end the step and are not part of
     the text; ``stop_token_ids`` come on top of the model's own end-of-turn tokens (unless
-    ``ignore_eos``). The end-of-turn token of ``grammar`` ends the step in any case.
+    ``ignore_eos``). The end-of-turn token of ``grammar`` ends the step in any case. With
+    ``explain`` the outcome holds an account of every cycle.
+
+    ``max_new_tokens`` 0 computes ``tokens`` and writes nothing: see :meth:`Engine.prefill`.
+    ``urgency`` and ``deadline_s`` (seconds from submission) are hints of who goes first among
+    many; a step past its deadline goes on.
     """
 
     tokens: tuple[int, ...]
@@ -83,14 +116,19 @@ class StepRequest:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     kind: StepKind = StepKind.TEXT
+    explain: bool = False
+    urgency: Urgency = Urgency.INTERACTIVE
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
     """What a step produced. ``token_ids`` are all committed new tokens, the end token included;
-    ``text`` is their decoding without the end token and without a matched stop string."""
+    ``text`` is their decoding without the end token and without a matched stop string. ``cycles``
+    is empty unless the request asked to explain them."""
 
     token_ids: tuple[int, ...]
     text: str
     finish_reason: FinishReason
     metrics: EngineMetrics
+    cycles: tuple[CycleAccount, ...] = ()

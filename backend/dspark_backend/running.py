@@ -7,11 +7,13 @@ state, sampler and text advance together.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING
@@ -20,15 +22,25 @@ import torch
 
 from dspark_backend.events import Failed, Finished, Prefilled, StepEvent, Tokens
 from dspark_backend.metrics import EngineMetrics
-from dspark_backend.request import FinishReason, ForcedMode, StepOutcome, StepRequest
+from dspark_backend.request import FinishReason, ForcedMode, StepKind, StepOutcome, StepRequest
+from dspark_backend.sampling.drafting import SampledDrafts
 from dspark_backend.sampling.sampler import Sampler
 from dspark_backend.sampling.stop import StopStrings
-from dspark_backend.speculation.block import FORCED, Block, constrained, unconstrained
-from dspark_backend.speculation.budget import Budget
-from dspark_backend.speculation.protocol import Proposal
+from dspark_backend.speculation.account import CycleAccount
+from dspark_backend.speculation.block import (
+    FORCED,
+    Block,
+    Extend,
+    Offer,
+    constrained,
+    unconstrained,
+)
+from dspark_backend.speculation.guide import ChainGuide, Choice, Likeliest
+from dspark_backend.speculation.protocol import Anchor, Proposal
+from dspark_backend.speculation.trail import Trail
 
 if TYPE_CHECKING:
-    from dspark_backend.grammar.matcher import Matcher
+    from dspark_backend.kv.contiguous import SequenceKV
     from dspark_backend.session import Session
     from dspark_backend.tokenizer import Tokenizer
 
@@ -51,7 +63,12 @@ class RunningStep:
         self.request = request
         self.metrics = EngineMetrics()
         self.block = Block()
+        self.account: CycleAccount | None = None
+        """Of the cycle under way, where the request asks to explain; what it brought is added."""
+        self._accounts: list[CycleAccount] = []
         self.finished = False
+        self.weight = 1.0
+        """What a token of this step is worth beside one of another."""
         self.events: queue.SimpleQueue[StepEvent] = queue.SimpleQueue()
         self.over = threading.Event()
         """Set when the last event is in the queue."""
@@ -59,14 +76,18 @@ class RunningStep:
         self._callback_error: Exception | None = None
         self._cancelled = threading.Event()
         self._submitted = time.perf_counter()
+        self.due = math.inf if request.deadline_s is None else self._submitted + request.deadline_s
+        """When the step should be over, on the clock of ``time.perf_counter``."""
         self._admitted = False
         self._prefilling = True
         self._stops = StopStrings(request.stop)
         self._sampler = Sampler(request.sampling, [*session.log, *request.tokens], vocab_size)
-        self._matcher: Matcher | None = None
+        self._trail: Trail | None = None
+        self._guide: ChainGuide | None = None
         if request.grammar is not None:  # verified spans may be written in any tokenisation
             canonical = request.forced is ForcedMode.CANONICAL
-            self._matcher = request.grammar.matcher(canonical=canonical)
+            matcher = request.grammar.matcher(canonical=canonical)
+            self._trail = Trail(matcher, canonical=canonical)
         ends = () if request.ignore_eos else tokenizer.eos_token_ids
         grammatical = () if request.grammar is None else (request.grammar.end_of_turn_id,)
         self._ends = frozenset((*ends, *grammatical, *request.stop_token_ids))
@@ -82,7 +103,36 @@ class RunningStep:
     @property
     def pending(self) -> int:
         """Committed tokens whose keys and values are not computed yet, plus the drafts on top."""
-        return len(self.session.log) - self.session.kv.length + len(self.block.tokens)
+        return self.base_rows + len(self.block.tokens)
+
+    @property
+    def base_rows(self) -> int:
+        """Committed tokens whose keys and values are not computed yet."""
+        return len(self.session.log) - self.session.kv.length
+
+    @property
+    def context(self) -> int:
+        """Positions that are computed."""
+        return self.session.kv.length
+
+    @property
+    def kind(self) -> StepKind:
+        return self.request.kind
+
+    @property
+    def rejects(self) -> bool:
+        """Whether its drafts are sampled and judged by rejection sampling."""
+        return self._sampler.rejects
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether the step only computes its tokens and writes nothing."""
+        return self.request.max_new_tokens == 0
+
+    @property
+    def admitted(self) -> bool:
+        """Whether the step has left the queue."""
+        return self._admitted
 
     @property
     def cancelled(self) -> bool:
@@ -108,47 +158,61 @@ class RunningStep:
 
     def begin(self) -> None:
         """Before the first pass: a span that the grammar forces from the start is committed."""
-        if self._matcher is not None and self.request.forced is ForcedMode.CANONICAL:
-            self._commit_forced(self._matcher)
+        if self._trail is not None:
+            self._commit_forced(self._trail)
 
     @property
     def room(self) -> int:
         """Drafts that can be of use: the token after the last of them must fit as well."""
         return self.request.max_new_tokens - self.new_tokens - 1
 
-    @property
-    def draftable(self) -> bool:
-        """Whether a drafter can go on from here: all but the last committed token is computed,
-        and nobody has proposed yet."""
-        alone = len(self.session.log) == self.session.kv.length + 1
-        return alone and not self._prefilling and self.room > 0 and not self.block.tokens
+    def draftable(self, block_size: int, *, known: bool = True) -> bool:
+        """Whether a drafter can go on from here: the committed tokens that are not computed leave a
+        slot of its block (with ``known`` off, there is one such token), and nobody has proposed
+        yet."""
+        most = block_size if known else 1
+        return 1 <= self.base_rows <= most and self.room > 0 and not self.block.tokens
 
     def clear(self) -> None:
         """Before a pass: an empty block, or what the grammar forces where that is verified."""
-        matcher, self.block = self._matcher, Block()
-        if matcher is None:
+        trail, self.block, self._guide = self._trail, Block(), None
+        if trail is None:
             return
         started = time.perf_counter()
-        verify = self.request.forced is ForcedMode.VERIFY
-        self._lay_out(matcher, matcher.forced() if verify else [], FORCED)
+        forced = trail.forced() if self.request.forced is ForcedMode.VERIFY else ()
+        offer = Offer(Proposal(forced, (1.0,) * len(forced), FORCED), (1.0,) * len(forced))
+        self.block = constrained(trail, offer if forced else None, room=max(self.room, 0))
         self.metrics.grammar_s += time.perf_counter() - started
 
-    def propose(self, proposal: Proposal, budget: Budget, seconds: float) -> None:
-        """Take a drafter's proposal as far as the budget and the grammar let it; ``seconds`` is
-        what drafting cost."""
+    def anchor(self, context: SequenceKV, *, guided: bool = True) -> Anchor:
+        """Where a drafter goes on, ``context`` being its own of this session; for one call of it.
+        With ``guided`` off, drafts that are not sampled do not look at the grammar."""
+        first = self.session.kv.length
+        token, *known = self.session.log[first:]
+        choice: Choice = Likeliest()
+        if self._sampler.rejects:
+            choice = SampledDrafts(self._sampler, first, len(known))
+        elif self._trail is None or not guided:
+            return Anchor(context, token, tuple(known))
+        self._guide = ChainGuide(self._trail, self.room, choice)
+        return Anchor(context, token, tuple(known), self._guide)
+
+    def drafted(self, seconds: float) -> None:
+        """A drafter answered; ``seconds`` is what that cost, the guide's share included."""
+        if self._guide is not None:
+            seconds -= self._guide.grammar_s
+            self.metrics.grammar_s += self._guide.grammar_s
         self.metrics.draft_s += seconds
-        drafts = proposal.tokens[: budget.take(proposal.survival, self.room)]
-        if self._matcher is None:
-            self.block = unconstrained(drafts, proposal.source)
+
+    def offer(self, offer: Offer, extend: Extend | None) -> None:
+        """Lay an offer out as the block, as far as the grammar lets it; ``extend`` says what may
+        follow it."""
+        if self._trail is None:
+            self.block = unconstrained(offer, room=self.room, extend=extend)
             return
         started = time.perf_counter()
-        self._lay_out(self._matcher, drafts, proposal.source)
+        self.block = constrained(self._trail, offer, room=max(self.room, 0), extend=extend)
         self.metrics.grammar_s += time.perf_counter() - started
-
-    def _lay_out(self, matcher: Matcher, drafts: Sequence[int], source: str) -> None:
-        canonical = self.request.forced is ForcedMode.CANONICAL
-        room = max(self.room, 0)
-        self.block = constrained(matcher, drafts, source, canonical=canonical, room=room)
 
     def computed(self, rows: int, seconds: float) -> None:
         """A pass computed the next ``rows`` tokens; those that are in the log are done."""
@@ -164,20 +228,25 @@ class RunningStep:
                 self._prefilling = False
                 cached = self.metrics.prefill_cached_tokens
                 self._emit(Prefilled(self.metrics.prefill_new_tokens, cached))
+                if self.is_prefill:
+                    self.finish(FinishReason.LENGTH)
         else:
             self.metrics.decode_s += seconds
 
-    def advance(self, logits: torch.Tensor) -> None:
+    def advance(self, logits: torch.Tensor) -> int:
         """Choose and commit from ``logits`` [1 + drafts, V]: what follows the log, then each draft.
+        Returns how many of the block's tokens stood.
 
         Raises GrammarError when the grammar allows nothing or dies; the step is to fail then.
         """
         self.metrics.cycles += 1
         block = self.block
         started = time.perf_counter()
-        acceptance = self._sampler.verify(logits, block.tokens, block.masks)
+        acceptance = self._sampler.verify(logits, block.tokens, block.masks, block.distributions)
         self.metrics.verify_s += time.perf_counter() - started
         self.block = Block()
+        if self.account is not None:
+            self.account = replace(self.account, accepted=acceptance.accepted)
         self._proposed.update(block.sources)
         self._accepted.update(block.sources[: acceptance.accepted])
         self.session.kv.length += acceptance.accepted
@@ -187,17 +256,20 @@ class RunningStep:
                 self._commit([token for _, token in run], source)
         if not self.finished:
             self._commit([acceptance.next_token], MODEL)
-        canonical = self.request.forced is ForcedMode.CANONICAL
-        if canonical and self._matcher is not None and not self.finished:
-            self._commit_forced(self._matcher)
+        if self._trail is not None and not self.finished:
+            self._commit_forced(self._trail)
+        self._close_account()
+        return acceptance.accepted
 
     def finish(self, reason: FinishReason) -> None:
         """End the step; its session is free for the next one when the event is out."""
         self._deliver(self._stops.feed(self._stream.flush())[0] + self._stops.flush(), (), MODEL)
         self._account()
+        self._close_account()
         self.finished = True
-        new = tuple(self.session.log[self._start :])
-        outcome = StepOutcome(new, "".join(self._text), reason, self.metrics)
+        new = tuple(self.session.log[self._start : self._start + self.new_tokens])
+        text = "".join(self._text)
+        outcome = StepOutcome(new, text, reason, self.metrics, tuple(self._accounts))
         self._release()
         self._emit(Finished(outcome))
 
@@ -212,13 +284,14 @@ class RunningStep:
 
     @property
     def new_tokens(self) -> int:
-        return len(self.session.log) - self._start
+        # What follows a prefill in the log is the next step's.
+        return 0 if self.is_prefill else len(self.session.log) - self._start
 
     # -- the rules ---------------------------------------------------------------------------
 
-    def _commit_forced(self, matcher: Matcher) -> None:
+    def _commit_forced(self, trail: Trail) -> None:
         started = time.perf_counter()
-        span = matcher.forced()
+        span = trail.span()
         self.metrics.grammar_s += time.perf_counter() - started
         if span:
             room = self.request.max_new_tokens - self.new_tokens
@@ -246,26 +319,26 @@ class RunningStep:
             if self.new_tokens >= self.request.max_new_tokens:
                 reason = FinishReason.LENGTH
                 break
-        if self._matcher is not None:
-            self._advance_grammar(self._matcher, taken, reason)
+        if self._trail is not None:
+            self._advance_grammar(self._trail, taken, reason)
         if source is MODEL:
             self._proposed[MODEL] += len(taken)
             self._accepted[MODEL] += len(taken)
         # A draft after an accepted end is computed, but not part of the log.
         self.session.kv.length = min(self.session.kv.length, len(self.session.log))
         self._deliver(text, tuple(taken), source)
-        if reason is None and self._matcher is not None and self._matcher.is_terminated:
+        if reason is None and self._trail is not None and self._trail.over():
             # Nothing but the end of the turn can follow: no pass is spent on it.
             reason = FinishReason.GRAMMAR
         if reason is not None:
             self.finish(reason)
 
     def _advance_grammar(
-        self, matcher: Matcher, tokens: list[int], reason: FinishReason | None
+        self, trail: Trail, tokens: list[int], reason: FinishReason | None
     ) -> None:
         started = time.perf_counter()
-        ended = reason is FinishReason.STOP and tokens[-1] != matcher.end_of_turn_id
-        matcher.accept(tokens[:-1] if ended else tokens)
+        ended = reason is FinishReason.STOP and tokens[-1] != trail.end_of_turn_id
+        trail.commit(tokens[:-1] if ended else tokens)
         self.metrics.grammar_s += time.perf_counter() - started
 
     def _deliver(self, text: str, tokens: tuple[int, ...], source: str) -> None:
@@ -275,6 +348,12 @@ class RunningStep:
             self._text.append(text)
         if text or tokens:
             self._emit(Tokens(tokens, text, source))
+
+    def _close_account(self) -> None:
+        if self.account is not None:
+            written = len(self.session.log) - self.account.position
+            self._accounts.append(replace(self.account, written=written))
+            self.account = None
 
     def _account(self) -> None:
         m = self.metrics
@@ -288,7 +367,9 @@ class RunningStep:
 
     def _release(self) -> None:
         self.block = Block()
-        self.session.running = None
+        if self.session.running is self:  # a step may have taken over from a prefill
+            self.session.running = None
+            self.session.idle_since = time.monotonic()
 
     def _emit(self, event: StepEvent) -> None:
         self.events.put(event)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dspark_backend.errors import RequestError, SessionClosedError
 from dspark_backend.kv.contiguous import SequenceKV
+from dspark_backend.speculation.copy import CopyProposer
+from dspark_backend.speculation.copy_acceptance import CopyAcceptance
 
 if TYPE_CHECKING:
     from dspark_backend.running import RunningStep
@@ -38,12 +41,23 @@ class Session:
         """The engine's own view of the log: read :attr:`tokens` instead."""
         self.kv = kv
         self.running: RunningStep | None = None
+        self._copies: CopyProposer | None = None
+        self.idle_since = time.monotonic()
+        self.expected_at: float | None = None
 
     @property
     def tokens(self) -> tuple[int, ...]:
         """Prompt and generated tokens so far, end-of-turn tokens included."""
         with self._owner.lock:
             return tuple(self.log)
+
+    def copies(self, acceptance: CopyAcceptance) -> CopyProposer:
+        """What has been written or read here before and may come again, up to the log's end; for
+        the engine's thread."""
+        if self._copies is None:
+            self._copies = CopyProposer(acceptance)
+        self._copies.append(self.log[len(self._copies) :])
+        return self._copies
 
     @property
     def cached_tokens(self) -> int:
@@ -55,6 +69,17 @@ class Session:
     def closed(self) -> bool:
         return self._closed
 
+    def expect_return(self, seconds: float) -> None:
+        """Say that the next step is about ``seconds`` away, as when a tool has started.
+
+        A hint: where memory is short, the session that returns last gives its keys and values up
+        first (they are computed again then). Raises RequestError if ``seconds`` is negative.
+        """
+        if not seconds >= 0.0:
+            raise RequestError(f"a session returns in 0 seconds or more, not {seconds}")
+        with self._owner.lock:
+            self.expected_at = time.monotonic() + seconds
+
     def fork(self) -> Session:
         """A session with the same log and a copy of the computed keys and values.
 
@@ -63,7 +88,10 @@ class Session:
         """
         with self._owner.lock:
             self.check_idle("fork it")
-            return self._owner.fork(self)
+            twin = self._owner.fork(self)
+            if self._copies is not None:
+                twin._copies = self._copies.fork()
+            return twin
 
     def rollback(self, count: int) -> None:
         """Forget the last ``count`` tokens of the log.
@@ -78,6 +106,8 @@ class Session:
                 )
             del self.log[len(self.log) - count :]
             self.kv.truncate(min(self.kv.length, len(self.log)))
+            if self._copies is not None:
+                self._copies.truncate(min(len(self._copies), len(self.log)))
 
     def close(self) -> None:
         """Cancel a step in flight and give the memory up. Idempotent.
@@ -91,6 +121,14 @@ class Session:
             if self.running is not None:
                 self.running.cancel()
             self._owner.closed(self)
+
+    @property
+    def prefilling(self) -> RunningStep | None:
+        """The prefill in flight, if the session is open and that is all it does."""
+        running = self.running
+        if self._closed or running is None or not running.is_prefill:
+            return None
+        return running
 
     def check_idle(self, purpose: str) -> None:
         """Raises SessionClosedError unless the session is open and no step is in flight."""

@@ -34,10 +34,18 @@ class Switch(StrEnum):
 class DecodePeerName(StrEnum):
     TRANSFORMERS = "transformers"
     LLAMA_CPP = "llama-cpp"
+    PLAIN = "plain"
+    FIXED = "fixed"
+    THRESHOLD = "threshold"
+    PREFIX_THROUGHPUT = "prefix_throughput"
 
 
 class StepsPeerName(StrEnum):
     LLAMA_CPP = "llama-cpp"
+    PLAIN = "plain"
+    FIXED = "fixed"
+    THRESHOLD = "threshold"
+    PREFIX_THROUGHPUT = "prefix_throughput"
 
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Known name, path or hub id.")]
@@ -51,6 +59,9 @@ Drafter = Annotated[
     typer.Option(
         exists=True, file_okay=False, help="Drafter's folder; the one that ships when left out."
     ),
+]
+Policy = Annotated[
+    str | None, typer.Option(help="Budget policy, such as step_aware (the default) or fixed-4.")
 ]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="For all contenders; all usable cores when left out.")
@@ -72,6 +83,7 @@ def decode(
     seed: Annotated[int, typer.Option(help="Keys the noise of sampling.")] = 0,
     speculation: Speculation = Switch.OFF,
     drafter: Drafter = None,
+    policy: Policy = None,
     precision: Precision = None,
     threads: Threads = None,
     peer: Annotated[
@@ -97,6 +109,7 @@ def decode(
             peers=tuple(name.value for name in peer or ()),
             speculation=speculation is Switch.ON,
             drafter=drafter,
+            policy=policy,
         ),
     )
     check_writable(json_file)
@@ -116,11 +129,15 @@ def steps(
     limit: Limit = None,
     speculation: Speculation = Switch.OFF,
     drafter: Drafter = None,
+    policy: Policy = None,
     precision: Precision = None,
     threads: Threads = None,
     peer: Annotated[
         list[StepsPeerName] | None, typer.Option(help="Run beside ours; may be repeated.")
     ] = None,
+    explain: Annotated[
+        bool, typer.Option(help="Account for every cycle; prints the step with the most.")
+    ] = False,
 ) -> None:
     """Seconds of every step of recorded agent runs."""
     from dspark_backend.bench.jsonl import shipped
@@ -132,18 +149,25 @@ def steps(
         model=model,
         trace=shipped("traces", trace),
         limit=limit,
+        explain=explain,
         terms=Terms(
             precision=precision,
             threads=threads,
             peers=tuple(name.value for name in peer or ()),
             speculation=speculation is Switch.ON,
             drafter=drafter,
+            policy=policy,
         ),
     )
     check_writable(json_file)
     with model_bars() as downloads, _counter("steps") as counted:
         report = run_steps(settings, progress=downloads, on_step=counted)
     out().print(steps_table(report))
+    if explain:
+        from dspark_backend.bench.explain import explain_table
+        from dspark_backend.catalog import resolve
+
+        out().print(explain_table(report, resolve(model).tokenizer()))
     _write(report, json_file)
 
 
@@ -177,6 +201,7 @@ def cost(
     model: Model,
     json_file: Json,
     drafter: Drafter = None,
+    policy: Policy = None,
     precision: Precision = None,
     threads: Threads = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="For the table's repetitions.")] = 10.0,
@@ -211,6 +236,47 @@ def overhead(
     with _counter("conversations") as counted:
         report = run_overhead(OverheadSettings(steps=steps, rounds=rounds), on_step=counted)
     out().print(overhead_table(report))
+    _write(report, json_file)
+
+
+@app.command()
+def simulate(
+    json_file: Json,
+    curve: Annotated[
+        str, typer.Option(help="JSON file of a cost curve, or the name of one that ships.")
+    ] = "h200-like",
+    records: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="JSON-lines file of recorded cycles; else made up."
+        ),
+    ] = None,
+    agents: Annotated[
+        list[int] | None,
+        typer.Option(min=1, max=512, help="Agents at once; may be repeated. 1, 16, 128, 512."),
+    ] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="Budget policy; may be repeated. All when left out.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to write an agent, at least.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of made-up records.")] = 0,
+) -> None:
+    """Budget policies on paper: recorded cycles against the cost curve of another machine."""
+    from dspark_backend.bench.simulate import AGENTS, POLICIES, SimulateSettings, run_simulate
+    from dspark_backend.bench.table import simulate_table
+
+    settings = SimulateSettings(
+        curve=curve,
+        records=records,
+        agents=tuple(agents or AGENTS),
+        policies=tuple(policy or POLICIES),
+        tokens_per_agent=tokens,
+        seed=seed,
+    )
+    check_writable(json_file)
+    with _counter("replays") as counted:
+        report = run_simulate(settings, on_replay=counted)
+    out().print(simulate_table(report))
     _write(report, json_file)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dspark_agent.errors import JournalError
 from dspark_agent.journal.entries import ModelOutput, TokenLog, fingerprint, growth
 from dspark_agent.journal.record import RunRecord
-from dspark_agent.messages import ModelRequest, ModelResponse, TextPart
+from dspark_agent.messages import ModelRequest, ModelResponse, TextPart, ToolCallPart
 from dspark_agent.models.base import (
     CallChunk,
     CallEnd,
@@ -125,6 +125,10 @@ class RecordedSession(ModelSession):
             self._live = await self._open_model(self._log)
             self._heard = len(self._said) if self._log else 0
         return self._live
+
+    async def anticipate(self, calls: Sequence[ToolCallPart], turn: ModelTurn) -> None:
+        if self._live is not None:
+            await self._live.anticipate(calls, turn)
 
     def _check(self, known: ModelOutput, request: str) -> None:
         assert self._record is not None

@@ -14,6 +14,7 @@ from typing import Any, Self
 from dspark_agent.messages import ModelRequest, ModelResponse, ToolCallPart
 from dspark_agent.settings import ModelSettings
 from dspark_agent.tools import ToolDefinition
+from dspark_agent.urgency import Urgency
 
 ToolChoice = str
 """``"auto"``, ``"required"``, ``"none"``, or the name of the one tool to call."""
@@ -26,7 +27,9 @@ class ModelTurn:
     ``tools`` is this turn's choice, a part of the tools the session was opened with.
     ``tool_choice`` is ``auto``, ``required``, ``none`` or a tool's name. ``output_schema`` is a
     JSON Schema of type object for the typed result, None when there is none. ``output_tools`` are
-    the names of those of the tools whose call is the answer.
+    the names of those of the tools whose call is the answer. ``urgency`` and ``deadline_s``
+    (seconds from now, None for any time) say how soon it is wanted: hints for a model that many
+    share.
     """
 
     tools: tuple[ToolDefinition, ...] = ()
@@ -35,6 +38,8 @@ class ModelTurn:
     allow_text: bool = True
     settings: ModelSettings = field(default_factory=ModelSettings)
     output_tools: tuple[str, ...] = ()
+    urgency: Urgency = "interactive"
+    deadline_s: float | None = None
 
     @property
     def tool_names(self) -> tuple[str, ...]:
@@ -107,6 +112,15 @@ class ModelSession(ABC):
         Raises:
             ModelError: the model failed.
             SchemaError: this model cannot honour one of the turn's schemas.
+        """
+
+    async def anticipate(  # noqa: B027 - to wait is a fine default
+        self, calls: Sequence[ToolCallPart], turn: ModelTurn
+    ) -> None:
+        """The last response's ``calls`` are being run and ``turn`` is likely to follow them: the
+        time for whatever of it is certain already.
+
+        Cancelled when the results are there. Changes nothing that is said.
         """
 
     @abstractmethod

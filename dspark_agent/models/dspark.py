@@ -10,8 +10,8 @@ import copy
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,7 @@ from dspark_agent.messages import (
     ToolCallPart,
 )
 from dspark_agent.metrics import StepMetrics
+from dspark_agent.models.ahead import Ahead
 from dspark_agent.models.base import (
     CallChunk,
     CallEnd,
@@ -49,20 +50,19 @@ from dspark_agent.models.base import (
     TokensWritten,
 )
 from dspark_agent.models.bridge import ThreadBridge
-from dspark_agent.models.builder import ResponseBuilder
 from dspark_agent.models.chat import chat_messages, function_tools
 from dspark_agent.models.outline import ask_for_result
+from dspark_agent.models.turn_reader import TurnReader
 from dspark_agent.settings import ModelSettings
 from dspark_agent.tools import ToolDefinition
 from dspark_backend import errors as backend
 from dspark_backend.engine import Engine
 from dspark_backend.events import Failed, Finished, StepEvent, Tokens
 from dspark_backend.grammar import events as parsed
-from dspark_backend.grammar.parser import TurnParser
 from dspark_backend.grammar.spec import TurnSpec
 from dspark_backend.metrics import EngineMetrics
 from dspark_backend.request import FinishReason as EngineFinish
-from dspark_backend.request import ForcedMode, SamplingParams, StepOutcome, StepRequest
+from dspark_backend.request import ForcedMode, SamplingParams, StepOutcome, StepRequest, Urgency
 from dspark_backend.session import Session as EngineSession
 
 DEFAULT_MAX_TOKENS = 1024
@@ -158,7 +158,7 @@ class DSparkModel(Model):
 @dataclass(frozen=True, slots=True)
 class _Prepared:
     request: StepRequest
-    reader: _TurnReader
+    reader: TurnReader[parsed.TurnEvent]
     outlined: frozenset[str]
     compile_s: float
 
@@ -180,10 +180,11 @@ class _DSparkSession(ModelSession):
         self._session = session
         self._outlined: frozenset[str] = frozenset()
         self._restored = ""
+        self._ahead = Ahead(engine, session)
 
     @property
     def token_log(self) -> tuple[int, ...]:
-        return self._session.tokens
+        return self._ahead.said
 
     async def restore(self, log: tuple[int, ...]) -> None:
         """Compute an earlier session's log, so that the first turn is as quick as it would have
@@ -207,9 +208,11 @@ class _DSparkSession(ModelSession):
         mark, began = self.mark(), time.perf_counter()
         with _translated():
             prepared = await anyio.to_thread.run_sync(self._prepare, messages, turn)
-            prepared_s = time.perf_counter() - began
             try:
-                outcome = await self._generate(prepared, emit)
+                rest = await self._ahead.claim(prepared.request.tokens)
+                prepared_s = time.perf_counter() - began
+                request = replace(prepared.request, tokens=rest)
+                outcome = await self._generate(request, prepared.reader, emit)
                 if outcome.finish_reason is EngineFinish.CANCELLED:
                     raise ModelError("the step was ended from outside: was its engine closed?")
             except BaseException:
@@ -246,23 +249,38 @@ class _DSparkSession(ModelSession):
         began = time.perf_counter()
         grammar = self._engine.compile(spec)
         compile_s = time.perf_counter() - began
-        room = self._engine.max_context - len(self._session.tokens) - len(tokens)
+        room = self._engine.max_context - len(self._ahead.said) - len(tokens)
         request = StepRequest(
             tokens=tuple(tokens),
             max_new_tokens=turn.settings.get("max_tokens", max(1, min(DEFAULT_MAX_TOKENS, room))),
             sampling=_sampling(turn.settings),
             grammar=grammar,
-            forced=ForcedMode(turn.settings.get("forced", ForcedMode.CANONICAL)),
+            forced=_forced(turn.settings),
             stop=tuple(turn.settings.get("stop_sequences", ())),
             kind=spec.kind,
+            urgency=Urgency(turn.urgency),
+            deadline_s=turn.deadline_s,
         )
         parser = None if grammar is None else dialect.parser(spec)
-        return _Prepared(request, _TurnReader(parser), outlined, compile_s)
+        return _Prepared(request, TurnReader(parser, _event), outlined, compile_s)
 
-    async def _generate(self, prepared: _Prepared, emit: Emit) -> StepOutcome:
+    async def anticipate(self, calls: Sequence[ToolCallPart], turn: ModelTurn) -> None:
+        with suppress(backend.BackendError):  # the turn itself will say what is wrong
+            await self._ahead.anticipate(calls[0])
+            await anyio.to_thread.run_sync(self._warm, turn, abandon_on_cancel=True)
+
+    def _warm(self, turn: ModelTurn) -> None:
+        """Compile what the turn will be constrained with; compiled grammars are kept."""
+        grammar = self._engine.compile(_turn_spec(turn))
+        if grammar is not None:
+            grammar.matcher(canonical=_forced(turn.settings) is ForcedMode.CANONICAL)
+
+    async def _generate(
+        self, request: StepRequest, reader: TurnReader[parsed.TurnEvent], emit: Emit
+    ) -> StepOutcome:
         """Run the step on the engine's thread; its events arrive here as they happen."""
         bridge = ThreadBridge[StepEvent]()
-        handle = self._engine.submit(self._session, prepared.request, on_event=bridge.put)
+        handle = self._engine.submit(self._session, request, on_event=bridge.put)
         running = True
         try:
             while True:
@@ -270,10 +288,10 @@ class _DSparkSession(ModelSession):
                     match event:
                         case Tokens(token_ids, text, source):
                             await emit(TokensWritten(len(token_ids), source, text))
-                            await _send(prepared.reader.feed(text), emit)
+                            await _send(reader.feed(text), emit)
                         case Finished(outcome):
                             running = False
-                            await _send(prepared.reader.end(), emit)
+                            await _send(reader.end(), emit)
                             return outcome
                         case Failed(error):
                             running = False
@@ -285,50 +303,25 @@ class _DSparkSession(ModelSession):
                     await _ended(bridge)
 
     def mark(self) -> object:
-        return len(self._session.tokens), self._outlined
+        return len(self._ahead.said), self._outlined
 
     async def rollback(self, mark: object) -> None:
         assert isinstance(mark, tuple)
         length, self._outlined = mark
+        await self._ahead.drop()
         surplus = len(self._session.tokens) - length
         if surplus:
             self._session.rollback(surplus)
 
     async def fork(self) -> ModelSession:
+        await self._ahead.settle()
         child = copy.copy(self)
         child._session = self._session.fork()
+        child._ahead = Ahead(self._engine, child._session, self._ahead.tokens)
         return child
 
     async def close(self) -> None:
         self._session.close()
-
-
-class _TurnReader:
-    """Reads a turn's text as it is written: the model's events, and the parts they add up to."""
-
-    def __init__(self, parser: TurnParser | None) -> None:
-        self._parser = parser
-        self._builder = ResponseBuilder()
-
-    def feed(self, text: str) -> list[ModelEvent]:
-        """The events that ``text`` makes certain."""
-        if self._parser is not None:
-            return self._taken([_event(event) for event in self._parser.feed(text)])
-        return self._taken([TextChunk(text)] if text else [])
-
-    def end(self) -> list[ModelEvent]:
-        """The events that were waiting for more text, which does not come."""
-        waiting = [] if self._parser is None else self._parser.flush()
-        return self._taken([_event(event) for event in waiting])
-
-    def parts(self) -> tuple[ResponsePart, ...]:
-        """What the turn came to."""
-        return self._builder.parts()
-
-    def _taken(self, events: list[ModelEvent]) -> list[ModelEvent]:
-        for event in events:
-            self._builder.add(event)
-        return events
 
 
 def _event(event: parsed.TurnEvent) -> ModelEvent:
@@ -363,6 +356,10 @@ def _turn_spec(turn: ModelTurn) -> TurnSpec:
         allow_text=turn.allow_text,
         parallel_tool_calls=turn.settings.get("parallel_tool_calls", False),
     )
+
+
+def _forced(settings: ModelSettings) -> ForcedMode:
+    return ForcedMode(settings.get("forced", ForcedMode.CANONICAL))
 
 
 def _sampling(settings: ModelSettings) -> SamplingParams:

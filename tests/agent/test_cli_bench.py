@@ -88,6 +88,49 @@ def test_overhead_writes_json_and_a_table(
     assert "thread_tool" in shown.out
 
 
+def test_simulate_writes_json_and_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records, report = tmp_path / "cycles.jsonl", tmp_path / "simulate.json"
+    records.write_text(
+        '{"kind": "tool_call", "context": 40, "tokens": 3,'
+        ' "cycles": [{"position": 0, "survival": [0.9, 0.8], "accepted": 2}]}\n'
+    )
+    arguments = ["--records", str(records), "--curve", "two-core-cpu", "--json", str(report)]
+    arguments += ["--agents", "1", "--agents", "4", "--policy", "plain", "--policy", "step_aware"]
+    assert main(["bench", "simulate", *arguments]) == 0
+    document = json.loads(report.read_text())
+    assert [(each["agents"], each["policy"]) for each in document["results"]] == [
+        (1, "plain"),
+        (1, "step_aware"),
+        (4, "plain"),
+        (4, "step_aware"),
+    ]
+    assert document["results"][1]["accepted_length"] == 3.0
+    shown = capsys.readouterr()
+    assert "assumed, not measured" in shown.out
+    assert "step_aware" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--curve", "h300-like"], "none ships by that name (h200-like, two-core-cpu)"),
+        (["--policy", "wishful"], "there is no policy 'wishful'"),
+        (["--agents", "513"], "equal to 512"),
+    ],
+    ids=["curve", "policy", "agents"],
+)
+def test_a_mistake_in_a_simulation_is_one_line(
+    arguments: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "r.json"
+    assert main(["bench", "simulate", *arguments, "--json", str(report)]) == 2
+    shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert complaint in shown
+    assert not report.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

@@ -277,7 +277,7 @@ def test_an_engine_that_speculates_knows_its_cost(
 ) -> None:
     taken = counted(monkeypatch)
     target, folder = drafted.target, drafted.folder
-    with Engine.load(target, threads=1) as plain:
+    with Engine.load(target, threads=1, speculation=False) as plain:
         assert plain.cost is None
     assert taken == []
     with Engine.load(target, threads=1, drafter=folder) as engine:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from dspark_backend.request import (
     SamplingParams,
     StepOutcome,
     StepRequest,
+    Urgency,
 )
 from dspark_backend.scheduler import Limits
 
@@ -295,13 +297,14 @@ def test_context_limit_raises_and_leaves_the_session_alone(engine: Engine) -> No
     ("step", "message"),
     [
         (StepRequest((), 5), "no tokens"),
-        (StepRequest((1,), 0), "max_new_tokens"),
+        (StepRequest((1,), -1), "max_new_tokens"),
+        (StepRequest((1,), 5, deadline_s=float("nan")), "deadline_s"),
         (StepRequest((512,), 5), "outside the vocabulary"),
         (StepRequest((-1,), 5), "outside the vocabulary"),
         (StepRequest((1,), 5, SamplingParams(temperature=-1.0)), "temperature"),
         (StepRequest((1,), 5, stop=("",)), "stop string"),
     ],
-    ids=["empty", "length", "high-id", "low-id", "temperature", "stop"],
+    ids=["empty", "length", "deadline", "high-id", "low-id", "temperature", "stop"],
 )
 def test_bad_requests_never_reach_the_loop(engine: Engine, step: StepRequest, message: str) -> None:
     with engine.open_session() as session:
@@ -326,25 +329,65 @@ def test_a_failing_step_does_not_disturb_its_neighbour(engine: Engine) -> None:
         assert healthy.result(30).token_ids == expected
 
 
-def test_memory_that_runs_out_fails_the_step_that_wanted_it(
+def test_what_can_never_fit_fails_at_once(own_engine: Callable[..., Engine]) -> None:
+    engine = own_engine(kv_bytes=GRAIN_BYTES)
+    with engine.open_session() as session:
+        with pytest.raises(CapacityError, match="kv_bytes"):
+            engine.submit(session, request(count=SequenceKV.GRAIN))
+        assert session.tokens == ()
+        assert engine.step(session, request()).finish_reason is FinishReason.LENGTH
+
+
+def test_a_step_waits_for_memory_that_others_run_in(own_engine: Callable[..., Engine]) -> None:
+    engine = own_engine(kv_bytes=2 * GRAIN_BYTES)
+    sessions = [engine.open_session() for _ in range(5)]
+    requests = [request(tuple(range(i, i + 20)), 30 + i) for i in range(5)]
+    expected = [alone(engine, step).token_ids for step in requests]
+    handles = [engine.submit(s, r) for s, r in zip(sessions, requests, strict=True)]
+    outcomes = [handle.result(60) for handle in handles]
+    assert [outcome.token_ids for outcome in outcomes] == expected
+    assert outcomes[-1].metrics.queue_s > outcomes[0].metrics.total_s
+    assert engine.kv_used_bytes <= 2 * GRAIN_BYTES
+    # Whose keys and values were given up computes them again, and goes on as if nothing was.
+    assert [len(s.tokens) for s in sessions] == [20 + 30 + i for i in range(5)]
+    again = [engine.step(session, request((7, 8))) for session in sessions]
+    assert again[0].metrics.prefill_cached_tokens == 0
+    log = (*requests[0].tokens, *expected[0], 7, 8)
+    assert again[0].token_ids == alone(engine, request(log)).token_ids
+
+
+def test_idle_sessions_keep_theirs_while_there_is_anything_else(
     own_engine: Callable[..., Engine],
 ) -> None:
-    with pytest.raises(CapacityError, match="kv_bytes"):
-        alone(own_engine(kv_bytes=GRAIN_BYTES // 2), request(count=200))
-    engine = own_engine(kv_bytes=2 * GRAIN_BYTES)
-    keepers = [engine.open_session() for _ in range(3)]
-    used = [
-        engine.submit(session, request(tuple(range(i, i + 20))))
-        for i, session in enumerate(keepers)
-    ]
-    outcomes = []
-    for handle in used:
-        try:
-            outcomes.append(handle.result(30).finish_reason)
-        except CapacityError as error:
-            outcomes.append(str(error)[:25])
-    assert outcomes.count(FinishReason.LENGTH) == 2
-    assert any("KV memory is used up" in str(o) for o in outcomes)
+    engine = own_engine(kv_bytes=8 * GRAIN_BYTES)
+    sessions = [engine.open_session() for _ in range(6)]
+    for i, session in enumerate(sessions):
+        engine.step(session, request(tuple(range(i, i + 20))))
+    kept = tuple(range(200, 220))
+    alone(engine, request(kept))  # a prefix of a closed session: one grain, kept
+    engine.step(engine.open_session(), request(tuple(range(100, 120))))
+    assert [session.cached_tokens for session in sessions] == [31] * 6
+    engine.step(engine.open_session(), request(tuple(range(130, 150))))
+    assert [session.cached_tokens for session in sessions] == [31] * 6
+    assert alone(engine, request(kept)).metrics.prefill_cached_tokens == 0
+
+
+def test_who_returns_last_gives_up_first(own_engine: Callable[..., Engine]) -> None:
+    engine = own_engine(kv_bytes=3 * GRAIN_BYTES)
+    sessions = [engine.open_session() for _ in range(3)]
+    for i, session in enumerate(sessions):
+        engine.step(session, request(tuple(range(i, i + 20))))
+    sessions[0].expect_return(0.5)
+    sessions[1].expect_return(3600)
+    sessions[2].expect_return(60)
+    others = [engine.open_session() for _ in range(2)]
+    engine.step(others[0], request(tuple(range(100, 120))))
+    assert [session.cached_tokens > 0 for session in sessions] == [True, False, True]
+    others[0].expect_return(1)
+    engine.step(others[1], request(tuple(range(130, 150))))
+    assert [session.cached_tokens > 0 for session in sessions] == [True, False, False]
+    with pytest.raises(RequestError, match="0 seconds or more"):
+        sessions[0].expect_return(-1)
 
 
 def test_kept_prefixes_make_room_when_memory_is_short(own_engine: Callable[..., Engine]) -> None:
@@ -361,6 +404,115 @@ def test_more_steps_than_may_run_wait_their_turn(own_engine: Callable[..., Engin
     outcomes = [handle.result(60) for handle in handles]
     assert {outcome.finish_reason for outcome in outcomes} == {FinishReason.LENGTH}
     assert outcomes[-1].metrics.queue_s > outcomes[0].metrics.queue_s
+
+
+def test_a_thousand_steps_all_finish(own_engine: Callable[..., Engine]) -> None:
+    engine = own_engine(kv_bytes=40 * GRAIN_BYTES)
+    handles = []
+    for i in range(1000):
+        urgency = list(Urgency)[i % 3]
+        session = engine.open_session()
+        step = request((i % 300, 1 + i % 7, 5), 1 + i % 3, urgency=urgency, deadline_s=i % 11)
+        handles.append(engine.submit(session, step))
+    outcomes = [handle.result(100) for handle in handles]
+    assert [len(outcome.token_ids) for outcome in outcomes] == [1 + i % 3 for i in range(1000)]
+    for i in (0, 400, 999):
+        expected = alone(engine, request((i % 300, 1 + i % 7, 5), 1 + i % 3))
+        assert outcomes[i].token_ids == expected.token_ids
+
+
+def test_the_urgent_step_is_admitted_first(own_engine: Callable[..., Engine]) -> None:
+    engine = own_engine(limits=Limits(running=1))
+    ended: list[str] = []
+
+    def ends(name: str) -> Callable[[StepEvent], None]:
+        return lambda event: ended.append(name) if isinstance(event, Finished) else None
+
+    started = threading.Event()
+    busy = engine.submit(engine.open_session(), request(count=200), lambda _: started.set())
+    assert started.wait(30)
+    order = {
+        "background": {"urgency": Urgency.BACKGROUND},
+        "interactive": {},
+        "due later": {"deadline_s": 90.0},
+        "due soon": {"deadline_s": 30.0},
+        "critical": {"urgency": Urgency.CRITICAL},
+    }
+    handles = [
+        engine.submit(engine.open_session(), request(count=2, **fields), ends(name))
+        for name, fields in order.items()
+    ]
+    busy.cancel()
+    for handle in handles:
+        handle.result(30)
+    assert ended == ["critical", "due soon", "due later", "interactive", "background"]
+
+
+def test_a_prefill_computes_what_the_next_step_then_finds(engine: Engine) -> None:
+    expected = alone(engine, request((*PROMPT, 1, 2, 3)))
+    with engine.open_session() as session:
+        outcome = engine.prefill(session, PROMPT).result(30)
+        assert outcome.token_ids == ()
+        assert outcome.finish_reason is FinishReason.LENGTH
+        assert session.tokens == PROMPT
+        assert session.cached_tokens == len(PROMPT)
+        step = engine.step(session, request((1, 2, 3)))
+    assert step.token_ids == expected.token_ids
+    assert step.metrics.prefill_new_tokens == 3
+
+
+def test_a_step_takes_over_from_a_prefill_wherever_that_is(
+    own_engine: Callable[..., Engine],
+) -> None:
+    engine = own_engine(limits=Limits(decode_rows=2, prefill_rows=8, mixed_rows=4))
+    ahead = tuple(i % 380 for i in range(160))
+    expected = alone(engine, request((*ahead, 1, 2)))
+    engine.close()
+    for computed in (0, 8, 80):
+        engine = own_engine(limits=Limits(decode_rows=2, prefill_rows=8, mixed_rows=4))
+        with engine.open_session() as session:
+            with engine.lock:  # the engine cannot go on meanwhile
+                prefill = engine.prefill(session, ahead)
+                with pytest.raises(SessionClosedError, match="in flight"):
+                    session.rollback(1)
+                with pytest.raises(SessionClosedError, match="in flight"):
+                    session.fork()
+                if not computed:
+                    handle = engine.submit(session, request((1, 2)))
+            if computed:
+                while session.cached_tokens < computed:
+                    time.sleep(0)
+                handle = engine.submit(session, request((1, 2)))
+            step = handle.result(30)
+            assert prefill.result(30).token_ids == ()
+            assert step.token_ids == expected.token_ids
+            assert session.tokens == (*ahead, 1, 2, *step.token_ids)
+            assert engine.step(session, request((9,))).finish_reason is FinishReason.LENGTH
+
+
+def test_a_cancelled_prefill_leaves_its_tokens_for_the_next_step(engine: Engine) -> None:
+    expected = alone(engine, request((*range(300), 1)))
+    with engine.open_session() as session:
+        handle = engine.prefill(session, range(300))
+        handle.cancel()
+        handle.result(30)
+        assert session.tokens == tuple(range(300))
+        assert engine.step(session, request((1,))).token_ids == expected.token_ids
+
+
+def test_closing_under_a_prefill_that_was_taken_over(own_engine: Callable[..., Engine]) -> None:
+    engine = own_engine()
+    session = engine.open_session()
+    handles = [engine.prefill(session, range(300)), engine.submit(session, request(count=100))]
+    session.close()
+    assert {handle.result(30).finish_reason for handle in handles} <= {
+        FinishReason.CANCELLED,
+        FinishReason.LENGTH,
+    }
+    left = engine.prefill(engine.open_session(), range(400))
+    engine.close()
+    left.result(30)
+    assert engine.kv_used_bytes == 0
 
 
 def test_settings_are_checked(tiny_checkpoint: Callable[..., Path]) -> None:

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from dspark_backend.errors import CapacityError
 from dspark_backend.kv.contiguous import KVBudget, KVShape, SequenceKV
+from dspark_backend.kv.pool import SequencePool
 from dspark_backend.kv.prefix import PrefixCache, common_prefix
+from dspark_backend.kv.retention import returns_in
 
 SHAPE = KVShape(layers=2, kv_heads=1, head_dim=4)
 GRAIN_BYTES = SequenceKV.GRAIN * SHAPE.bytes_per_token
@@ -108,6 +110,83 @@ def test_kept_sequences_leave_in_order_of_use() -> None:
     assert cache.longest([1, 1], [])[1] == 2
     cache.clear()
     assert budget.used_bytes == 0
+
+
+def test_a_beginning_that_is_wanted_often_stays_longer() -> None:
+    clock = [0.0]
+    cache = PrefixCache(10**9, clock=lambda: clock[0])
+    budget = KVBudget(10**9)
+    for seed in (1, 2, 3):
+        cache.keep([seed, seed], sequence(budget, 2))
+    for clock[0], seed in ((1.0, 1), (2.0, 1), (3.0, 1), (6.0, 2)):
+        cache.longest([seed, seed], [])
+    clock[0] = 10.0  # left alone for 7, 4 and 10 seconds; wanted 3, 1 and 0 times
+    assert cache.evict()
+    assert cache.longest([3, 3], []) == (None, 0)
+    assert cache.evict()
+    assert cache.longest([2, 2], []) == (None, 0)
+    assert cache.held_bytes == GRAIN_BYTES
+
+
+def test_trimming_gives_back_what_was_only_reserved() -> None:
+    budget = KVBudget(10**9)
+    kv = SequenceKV(SHAPE, budget, SequenceKV(SHAPE, budget))
+    kv.reserve(5 * SequenceKV.GRAIN)
+    kv.keys[:, :, :300] = 4.0
+    kv.length = 300
+    kv.trim()
+    assert kv.capacity == 2 * SequenceKV.GRAIN
+    assert budget.used_bytes == kv.held_bytes == 2 * GRAIN_BYTES
+    assert (kv.keys[:, :, :300] == 4.0).all()
+
+
+def test_a_reservation_is_generous_only_while_memory_is_plenty() -> None:
+    budget = KVBudget(8 * GRAIN_BYTES)
+    first = sequence(budget, 2 * SequenceKV.GRAIN)
+    first.reserve(2 * SequenceKV.GRAIN + 1)
+    assert first.capacity == 4 * SequenceKV.GRAIN
+    first.reserve(4 * SequenceKV.GRAIN + 1)
+    assert first.capacity == 5 * SequenceKV.GRAIN
+
+
+def test_a_pool_gives_up_prefixes_then_surplus_then_the_first_of_the_idle() -> None:
+    pool = SequencePool(SHAPE, None, 8 * GRAIN_BYTES)
+
+    def held(length: int, reserved: int) -> SequenceKV:
+        kv = pool.new()
+        kv.reserve(reserved * SequenceKV.GRAIN)
+        kv.length = length
+        return kv
+
+    pool.retire([1, 2, 3], held(3, 1))
+    idle = [held(5, 2), held(6, 1)]
+    running = held(9, 3)
+    wanted = pool.new()
+    grain = SequenceKV.GRAIN
+    assert pool.make_room(wanted, grain, idle)
+    assert pool.longest([1, 2, 3], [])[1] == 2
+    assert pool.make_room(wanted, 2 * grain, idle)
+    assert pool.longest([1, 2, 3], [])[1] == 0
+    assert [kv.length for kv in (*idle, running)] == [5, 6, 9]
+    assert pool.make_room(wanted, 3 * grain, idle)
+    assert [kv.capacity for kv in idle] == [grain, grain]
+    assert not pool.make_room(wanted, 6 * grain, idle)
+    assert [kv.length for kv in idle] == [5, 6]
+    assert pool.make_room(wanted, 4 * grain, idle)
+    assert [kv.length for kv in (*idle, running)] == [0, 6, 9]
+    assert pool.make_room(wanted, 5 * grain, idle, spare=idle[1])
+    assert [kv.length for kv in (*idle, running)] == [0, 0, 9]
+
+
+away = st.integers(1, 1000).map(float)
+
+
+@given(away, away)
+def test_a_session_stays_away_as_long_as_it_was_unless_it_said_when(a: float, b: float) -> None:
+    assert returns_in(1e6, 1e6 - a) == pytest.approx(a)
+    assert (returns_in(1e6, 1e6 - a) < returns_in(1e6, 1e6 - b)) <= (a < b)
+    assert returns_in(1e6, 1e6 - a, 1e6 + 5.0) == 5.0
+    assert returns_in(1e6, 1e6 - a, 1e6 - b) == pytest.approx(min(a, b))
 
 
 def test_shape_counts_keys_and_values() -> None:

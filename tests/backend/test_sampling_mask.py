@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspark_backend.sampling.mask import is_allowed, penalties, unpack
+from dspark_backend.grammar.bitmask import is_allowed
+from dspark_backend.sampling.mask import penalties, unpack
 
 words = st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=6)
 

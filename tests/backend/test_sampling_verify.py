@@ -1,11 +1,14 @@
 """The readable verification rules, and the engine's sampler against them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_backend.request import SamplingParams
+from dspark_backend.errors import BackendError
+from dspark_backend.request import AcceptanceRule, SamplingParams
 from dspark_backend.sampling import Acceptance, Sampler
 from dspark_backend.sampling.noise import coupled_noise
 from dspark_backend.sampling.verify import verify_coupled, verify_greedy, verify_rejection
@@ -34,6 +37,66 @@ def test_the_sampler_verifies_as_the_coupled_rule(drafts, seed, position):
     sampler = Sampler(SamplingParams(temperature=0.5, seed=seed), [0] * position, VOCAB)
     expected = verify_coupled(logits / 0.5, drafts, seed=seed, position=position)
     assert sampler.verify(logits, drafts) == expected
+
+
+@settings(deadline=None)
+@given(st.lists(st.booleans(), max_size=5), st.integers(0, 1000), st.integers(0, 50))
+def test_the_sampler_verifies_as_the_rejection_rule(sampled, seed, position):
+    """Drafts that were drawn and drafts that are certain, under penalties that see them."""
+    params = SamplingParams(
+        temperature=0.7,
+        top_k=4,
+        presence_penalty=0.5,
+        seed=seed,
+        acceptance=AcceptanceRule.REJECTION,
+    )
+    sampler, twin = (Sampler(params, [0] * position, VOCAB) for _ in range(2))
+    logits, drafter = rows(seed, len(sampled) + 1), rows(seed + 1, len(sampled))
+    drafts, drawn, p, q = [], [], [], []
+    for slot, is_sampled in enumerate(sampled):
+        token, distribution = sampler.draft(
+            drafter[slot].numpy(), None, drafts, anchor=position, slot=slot
+        )
+        drawn.append(distribution if is_sampled else None)
+        one_hot = torch.eye(VOCAB, dtype=torch.float64)[token]
+        q.append(torch.from_numpy(distribution.dense(VOCAB)) if is_sampled else one_hot)
+        p.append(twin.probabilities(logits[slot]))
+        twin.observe(token)
+        drafts.append(token)
+    p.append(twin.probabilities(logits[-1]))
+    stacked = torch.stack(q) if q else torch.empty(0, VOCAB, dtype=torch.float64)
+    expected = verify_rejection(torch.stack(p), drafts, stacked, seed=seed, position=position)
+    assert sampler.verify(logits, drafts, None, drawn) == expected
+    assert sampler.position == position
+
+
+def test_a_draft_is_drawn_from_the_distribution_that_is_kept():
+    """q' has the processors in it, penalties of the drafts before it included."""
+    params = SamplingParams(
+        temperature=0.8, top_k=4, frequency_penalty=0.7, acceptance=AcceptanceRule.REJECTION
+    )
+    logits = rows(3, 1)[0]
+    tokens = []
+    for seed in range(4000):
+        sampler = Sampler(replace(params, seed=seed), [1, 2], VOCAB)
+        token, kept = sampler.draft(logits.numpy(), None, [2, 2], anchor=1, slot=2)
+        tokens.append(token)
+    sampler.observe(2, 2)
+    exact = sampler.probabilities(logits)
+    torch.testing.assert_close(torch.from_numpy(kept.dense(VOCAB)), exact, rtol=0, atol=0)
+    assert [kept.of(token) for token in range(VOCAB)] == exact.tolist()
+    drawn = torch.bincount(torch.tensor(tokens), minlength=VOCAB) / len(tokens)
+    torch.testing.assert_close(drawn.double(), exact, rtol=0, atol=0.03)
+
+
+def test_a_drafter_that_can_say_nothing_draws_nothing():
+    sampler = Sampler(SamplingParams(temperature=1.0, logit_bias={2: -torch.inf}), [0], VOCAB)
+    row = torch.full((VOCAB,), -torch.inf).numpy()
+    row[2] = 1.0
+    assert sampler.draft(row, None, [], anchor=0, slot=0) is None
+    row[3] = torch.nan
+    with pytest.raises(BackendError, match="token 3 is nan"):
+        sampler.draft(row, None, [], anchor=0, slot=0)
 
 
 def test_greedy_accepts_the_longest_prefix_and_corrects_or_adds():

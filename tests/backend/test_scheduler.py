@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspark_backend.scheduler import Limits, plan
+from dspark_backend.request import Urgency
+from dspark_backend.scheduler import Limits, plan, precedence, weight
 
 LIMITS = Limits(decode_rows=4, prefill_rows=16, mixed_rows=6)
 pending = st.lists(st.integers(1, 40), max_size=12)
@@ -52,3 +53,42 @@ def test_everything_ends(counts: list[int]) -> None:
         it = iter(rows)
         left = [c - next(it) if c else 0 for c in left]
     assert not any(left)
+
+
+def test_the_urgent_prefill_goes_first_and_the_oldest_still_moves_on() -> None:
+    order = [
+        precedence(Urgency.BACKGROUND, 1.0, 0),
+        precedence(Urgency.INTERACTIVE, 9.0, 1),
+        precedence(Urgency.INTERACTIVE, 2.0, 2),
+        precedence(Urgency.CRITICAL, float("inf"), 3),
+    ]
+    assert plan([40, 40, 40, 6], LIMITS, order) == [4, 0, 6, 6]
+    assert plan([40, 40, 40, 1], LIMITS, order) == [2, 0, 4, 1]
+
+
+orders = st.lists(st.tuples(st.integers(1, 40), st.sampled_from(Urgency), st.floats(0, 9)))
+
+
+@given(orders)
+def test_whatever_the_order_bounds_hold_and_everything_ends(
+    steps: list[tuple[int, Urgency, float]],
+) -> None:
+    left = [count for count, _, _ in steps]
+    order = [precedence(urgency, due, i) for i, (_, urgency, due) in enumerate(steps)]
+    for _ in range(sum(left) + 1):
+        there = [i for i, count in enumerate(left) if count]
+        rows = plan([left[i] for i in there], LIMITS, [order[i] for i in there])
+        prefill = [i for i, _ in zip(there, rows, strict=True) if left[i] > LIMITS.decode_rows]
+        most = LIMITS.mixed_rows if len(prefill) < len(there) else LIMITS.prefill_rows
+        taken = dict(zip(there, rows, strict=True))
+        assert sum(taken[i] for i in prefill) <= most
+        assert all(0 <= taken[i] <= left[i] for i in there)
+        assert not prefill or taken[prefill[0]] > 0
+        for i in there:
+            left[i] -= taken[i]
+    assert not any(left)
+
+
+def test_a_token_is_worth_more_the_more_urgent_its_step_is() -> None:
+    assert weight(Urgency.INTERACTIVE) == 1.0
+    assert weight(Urgency.CRITICAL) > 1.0 > weight(Urgency.BACKGROUND) > 0.0

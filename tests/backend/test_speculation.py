@@ -9,20 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from dspark_backend.catalog.files import ModelFiles, open_checkpoint
 from dspark_backend.engine import Engine
-from dspark_backend.errors import RequestError
 from dspark_backend.grammar.compile import Grammar
 from dspark_backend.kv.contiguous import KVBudget, KVShape, SequenceKV
 from dspark_backend.request import FinishReason, ForcedMode, SamplingParams, StepRequest
 from dspark_backend.scheduler import Limits
-from dspark_backend.speculation.block import FORCED, constrained
-from dspark_backend.speculation.budget import Budget
+from dspark_backend.speculation.block import FORCED, Offer, constrained
+from dspark_backend.speculation.candidate import BudgetPolicy
+from dspark_backend.speculation.policies import Fixed
 from dspark_backend.speculation.protocol import Anchor, Proposal
+from dspark_backend.speculation.trail import Trail
 from dspark_backend.target.batch import Batch, Rows
 from dspark_backend.target.decoder import Decoder
 from dspark_backend.target.load import load_decoder
@@ -76,8 +75,11 @@ class ScriptedDrafter:
         for text, features in self._texts:
             if np.array_equal(seen, features[:at]) and text[at] == anchor.token:
                 block = text[at + 1 : at + 1 + BLOCK]
-                right = self.right(at)
-                drafts = block[:right] + [(token + 1) % 384 for token in block[right:]]
+                known = len(anchor.known)
+                if block[:known] != list(anchor.known):
+                    continue
+                right = max(self.right(at), known)
+                drafts = block[known:right] + [(token + 1) % 384 for token in block[right:]]
                 return Proposal(tuple(drafts), (1.0,) * len(drafts), "script")
         self.problems.append(f"no text has this context of {at} positions")
         return Proposal((), (), "script")
@@ -96,11 +98,11 @@ def plain(files: ModelFiles) -> Iterator[Engine]:
 
 
 class Speculative:
-    def __init__(self, files: ModelFiles, budget: Budget | None = None) -> None:
+    def __init__(self, files: ModelFiles, policy: BudgetPolicy | None = None) -> None:
         decoder = load_decoder(files, Precision.INT8, 512)
         self.drafter = ScriptedDrafter(load_decoder(files, Precision.INT8, 512))
         self.engine = Engine(
-            files, decoder, Precision.INT8, 1, 2**28, Limits(), self.drafter, budget
+            files, decoder, Precision.INT8, 1, 2**28, Limits(), self.drafter, policy
         )
 
 
@@ -108,8 +110,8 @@ class Speculative:
 def speculative(files: ModelFiles) -> Iterator[Callable[..., Speculative]]:
     opened: list[Speculative] = []
 
-    def load(budget: Budget | None = None) -> Speculative:
-        opened.append(Speculative(files, budget))
+    def load(policy: BudgetPolicy | None = None) -> Speculative:
+        opened.append(Speculative(files, policy))
         return opened[-1]
 
     yield load
@@ -263,6 +265,28 @@ def test_fork_rollback_and_prefix_hits_bring_the_draft_context_along(
         assert outcome.metrics.accepted["script"] >= 20
 
 
+def test_a_prefill_and_an_eviction_bring_the_draft_context_along(
+    plain: Engine, speculative: Callable[..., Speculative]
+) -> None:
+    fast = speculative()
+    text = expected(plain, request(), fast.drafter)
+    fast.drafter.right = lambda position: BLOCK
+    prompt = request().tokens
+    with fast.engine.open_session() as session:
+        fast.engine.prefill(session, prompt[:-1]).result(30)
+        assert session.cached_tokens == len(prompt) - 1
+        rest = StepRequest(prompt[-1:], 40, ignore_eos=True)
+        assert fast.engine.step(session, rest).token_ids == text
+        session.rollback(len(text) + 1)
+        with fast.engine.lock:  # as admission does where memory is short
+            session.kv.truncate(0)
+            session.kv.trim()
+        outcome = fast.engine.step(session, rest)
+    assert outcome.token_ids == text
+    assert outcome.metrics.prefill_cached_tokens == 0
+    assert outcome.metrics.accepted["script"] > 20
+
+
 def test_cancel_inside_a_block_leaves_a_usable_session(
     plain: Engine, speculative: Callable[..., Speculative]
 ) -> None:
@@ -297,40 +321,21 @@ def test_a_drafter_that_raises_costs_speed_only(
 def test_a_budget_of_nothing_never_drafts(
     plain: Engine, speculative: Callable[..., Speculative]
 ) -> None:
-    fast = speculative(Budget(0))
+    fast = speculative(Fixed(0))
     text = expected(plain, request(), fast.drafter)
     with fast.engine.open_session() as session:
         assert fast.engine.step(session, request()).token_ids == text
     assert fast.drafter.blocks == 0
 
 
-@given(
-    st.lists(st.floats(0, 1), max_size=8), st.integers(0, 8), st.integers(-1, 9), st.floats(0, 1)
-)
-def test_budget_is_the_longest_admissible_prefix(
-    steps: list[float], length: int, room: int, threshold: float
-) -> None:
-    survival = np.cumprod(steps).tolist()
-    taken = Budget(length, threshold).take(survival, room)
-    admissible = [
-        n
-        for n in range(len(survival) + 1)
-        if n <= min(length, max(room, 0)) and all(a >= threshold for a in survival[:n])
-    ]
-    assert taken == max(admissible)
-
-
-@pytest.mark.parametrize("fields", [{"length": -1}, {"length": 3, "threshold": 1.5}])
-def test_bad_budgets_are_refused(fields: dict[str, float]) -> None:
-    with pytest.raises(RequestError, match="budget"):
-        Budget(**fields)  # type: ignore[arg-type]
-
-
 def test_a_block_leaves_the_matcher_where_it_was(plain: Engine) -> None:
     matcher = grammar(plain).matcher()
     before, after = (torch.zeros(matcher.words, dtype=torch.int32) for _ in range(2))
     matcher.fill_mask(before)
-    block = constrained(matcher, [1, 2, 3], "script", canonical=True, room=20)
+    trail = Trail(matcher, canonical=True)
+    offer = Offer.as_said(Proposal((1, 2, 3), (0.9, 0.8, 0.7), "script"))
+    block = constrained(trail, offer, room=20)
+    trail.commit([])
     matcher.fill_mask(after)
     assert torch.equal(before, after)
     assert block.masks is not None

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from dspark_backend.grammar.spec import TurnSpec
 from dspark_backend.metrics import EngineMetrics
+from dspark_backend.speculation.account import CycleAccount
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,8 @@ class ContenderSpec:
     """What a contender loads. ``folder`` holds the converted weights and the tokenizer, ``gguf``
     the file they were converted from; ``end_token_ids`` end a turn; ``dialect`` names how this
     model writes tool calls. ``speculation`` and ``drafter`` (a checkpoint folder; ``None`` for the
-    one that ships) are our engine's alone."""
+    one that ships) are our engine's alone, as are ``policy`` (a budget policy's name, None for the
+    engine's own) and ``copies`` (whether it may copy from the log)."""
 
     model: str
     folder: Path
@@ -31,18 +33,22 @@ class ContenderSpec:
     max_context: int
     speculation: bool = False
     drafter: Path | None = None
+    policy: str | None = None
+    copies: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One model turn: ``tokens`` are appended to the conversation, then up to ``max_new_tokens``
-    are written under ``spec`` (``None``: free text). Temperature 0 is greedy."""
+    are written under ``spec`` (``None``: free text). Temperature 0 is greedy. ``explain`` asks our
+    engine for an account of every cycle."""
 
     tokens: tuple[int, ...]
     max_new_tokens: int
     spec: TurnSpec | None = None
     temperature: float = 0.0
     seed: int = 0
+    explain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +64,7 @@ class Sample:
     ttft_s: float
     total_s: float
     metrics: EngineMetrics
+    cycles: tuple[CycleAccount, ...] = ()
 
     @property
     def decode_s(self) -> float:

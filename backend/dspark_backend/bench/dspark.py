@@ -7,8 +7,9 @@ import time
 from dspark_backend.bench.contender import ContenderSpec, Loaded, Sample, Turn
 from dspark_backend.engine import Engine
 from dspark_backend.events import StepEvent, Tokens
-from dspark_backend.request import SamplingParams, StepRequest
+from dspark_backend.request import SamplingParams, StepKind, StepRequest
 from dspark_backend.session import Session
+from dspark_backend.speculation.signals import Signals
 
 
 class DSparkContender:
@@ -23,6 +24,8 @@ class DSparkContender:
             max_context=spec.max_context,
             speculation=spec.speculation,
             drafter=spec.drafter,
+            policy=spec.policy,
+            signals=None if spec.copies else Signals.drafts_alone(),
         )
         self._session: Session | None = None
         self.loaded = Loaded(
@@ -50,6 +53,8 @@ class DSparkContender:
             max_new_tokens=turn.max_new_tokens,
             sampling=SamplingParams(temperature=turn.temperature, seed=turn.seed),
             grammar=grammar,
+            kind=StepKind.TEXT if turn.spec is None else turn.spec.kind,
+            explain=turn.explain,
         )
         outcome = self._engine.submit(self._session, request, on_event=note).result()
         ended = time.perf_counter()
@@ -59,6 +64,7 @@ class DSparkContender:
             ttft_s=(first[0] if first else ended) - began,
             total_s=ended - began,
             metrics=outcome.metrics,
+            cycles=outcome.cycles,
         )
 
     def close(self) -> None:

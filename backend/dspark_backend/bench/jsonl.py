@@ -36,7 +36,7 @@ def read_rows(path: Path, row: type[Row], limit: int | None = None) -> list[Row]
     return rows
 
 
-def shipped(folder: str, name: str) -> Path:
+def shipped(folder: str, name: str, ending: str = ".jsonl") -> Path:
     """The file ``name`` as given, or the one of that name that ships in ``folder``.
 
     A path that exists wins over a shipped name. Raises BenchError naming what ships.
@@ -45,16 +45,16 @@ def shipped(folder: str, name: str) -> Path:
     if path.exists():
         return path
     home = Path(str(resources.files("dspark_backend.bench").joinpath(folder)))
-    names = shipped_names(folder)
+    names = shipped_names(folder, ending)
     if name in names:
-        return home / f"{name}.jsonl"
+        return home / f"{name}{ending}"
     raise BenchError(f"{name}: no such file, and none ships by that name ({', '.join(names)})")
 
 
-def shipped_names(folder: str) -> list[str]:
-    """Names of the JSON-lines files that ship in ``folder`` of this package, sorted."""
+def shipped_names(folder: str, ending: str = ".jsonl") -> list[str]:
+    """Names of the files with that ending that ship in ``folder`` of this package, sorted."""
     home = Path(str(resources.files("dspark_backend.bench").joinpath(folder)))
-    return sorted(path.stem for path in home.glob("*.jsonl"))
+    return sorted(path.stem for path in home.glob(f"*{ending}"))
 
 
 def _parse(path: Path, number: int, line: str, row: type[Row]) -> Row:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -18,10 +18,13 @@ from dspark_backend.processor import usable_cores
 from dspark_backend.tokenizer import Tokenizer
 
 OURS = "dspark_backend.bench.dspark:DSparkContender"
-PEERS = {
+OTHERS = {
     "transformers": "dspark_backend.bench.peers.transformers:TransformersPeer",
     "llama-cpp": "dspark_backend.bench.peers.llama_cpp:LlamaCppPeer",
 }
+# Our own engine beside itself: without speculation, or drafting as engines without agents do.
+OURSELVES = ("plain", "fixed", "threshold", "prefix_throughput")
+PEERS = (*OTHERS, *OURSELVES)
 _CONTEXT_STEP = 256
 _WARM_UP_TOKENS = 4
 
@@ -46,13 +49,15 @@ class Subject:
 @dataclass(frozen=True, slots=True)
 class Terms:
     """Who takes part, and how. ``threads`` are equal for all, ``None`` takes the usable cores;
-    ``precision``, ``speculation`` and ``drafter`` are our engine's."""
+    ``precision``, ``speculation``, ``drafter`` and ``policy`` (a budget policy's name) are our
+    engine's."""
 
     precision: str | None = None
     threads: int | None = None
     peers: tuple[str, ...] = ()
     speculation: bool = False
     drafter: Path | None = None
+    policy: str | None = None
 
     def __post_init__(self) -> None:
         unknown = [peer for peer in self.peers if peer not in PEERS]
@@ -62,6 +67,8 @@ class Terms:
             raise BenchError(f"threads must be at least 1, not {self.threads}")
         if self.drafter is not None and not self.speculation:
             raise BenchError("a drafter drafts only with speculation on")
+        if self.policy is not None and not self.speculation:
+            raise BenchError("a policy decides about nothing unless speculation is on")
 
     @property
     def switch(self) -> Literal["on", "off"]:
@@ -85,12 +92,11 @@ class Lineup:
             max_context=_rounded(context, subject.files.config.max_position_embeddings),
             speculation=terms.speculation,
             drafter=terms.drafter,
+            policy=terms.policy,
         )
         with ExitStack() as stack:
             # Peers first: what keeps one of them from taking part shows within a second.
-            self.peers = {
-                name: stack.enter_context(Worker(name, PEERS[name], spec)) for name in terms.peers
-            }
+            self.peers = {name: stack.enter_context(_peer(name, spec)) for name in terms.peers}
             self.ours = stack.enter_context(Worker("dspark", OURS, spec))
             warm_up = tuple(subject.tokenizer.encode("Count from one to ten."))
             for worker in self.all:
@@ -119,6 +125,16 @@ class Lineup:
         trace: TracebackType | None,
     ) -> None:
         self._stack.__exit__(kind, error, trace)
+
+
+def _peer(name: str, spec: ContenderSpec) -> Worker:
+    if name == "plain":
+        plain = replace(spec, speculation=False, drafter=None, policy=None)
+        return Worker(name, OURS, plain)
+    if name in OURSELVES:
+        drafting = replace(spec, speculation=True, policy=name, copies=False)
+        return Worker(name, OURS, drafting)
+    return Worker(name, OTHERS[name], spec)
 
 
 def _rounded(context: int, most: int) -> int:

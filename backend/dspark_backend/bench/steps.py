@@ -32,11 +32,13 @@ _STEP_MARGIN = 64
 
 @dataclass(frozen=True, slots=True)
 class StepsSettings:
-    """What to run. ``trace`` is a JSON-lines file, see :mod:`dspark_backend.bench.trace`."""
+    """What to run. ``trace`` is a JSON-lines file, see :mod:`dspark_backend.bench.trace`;
+    ``explain`` asks our engine for an account of every cycle."""
 
     model: str
     trace: Path
     limit: int | None = None
+    explain: bool = False
     terms: Terms = field(default_factory=Terms)
 
 
@@ -65,7 +67,7 @@ def run_steps(
         for index, trace in enumerate(traces):
             for worker in lineup.order(index):
                 steps = []
-                for step in _replay(subject, worker, trace):
+                for step in _replay(subject, worker, trace, explain=settings.explain):
                     steps.append(step)
                     taken += 1
                     if on_step is not None:
@@ -116,7 +118,7 @@ def turn_spec(trace: TraceRun, step: TraceStep) -> TurnSpec | None:
     return None if spec.kind is StepKind.TEXT else spec
 
 
-def _replay(subject: Subject, worker: Worker, trace: TraceRun) -> Iterator[Step]:
+def _replay(subject: Subject, worker: Worker, trace: TraceRun, *, explain: bool) -> Iterator[Step]:
     worker.start()
     history = 0
     closed = True
@@ -127,7 +129,7 @@ def _replay(subject: Subject, worker: Worker, trace: TraceRun) -> Iterator[Step]
             given = [dict(message) for message in step.messages]
             tokens = subject.dialect.render_next(given, closed=closed)
         spec = turn_spec(trace, step)
-        sample = worker.turn(Turn(tuple(tokens), step.max_new_tokens, spec))
+        sample = worker.turn(Turn(tuple(tokens), step.max_new_tokens, spec, explain=explain))
         yield _step(subject, sample, spec, history)
         history += len(tokens) + len(sample.token_ids)
         closed = bool(sample.token_ids) and sample.token_ids[-1] in subject.tokenizer.eos_token_ids

@@ -13,6 +13,7 @@ from dspark_backend.bench.host import HostFacts
 from dspark_backend.bench.stats import median, percentile, ratio
 from dspark_backend.metrics import EngineMetrics
 from dspark_backend.request import StepKind
+from dspark_backend.speculation.account import CycleAccount
 
 SCHEMA_VERSION: Final = 1
 
@@ -61,7 +62,8 @@ class StepOutput(BaseModel):
 class Step(BaseModel):
     """One replayed step. ``step_s`` is wall clock from handing the tokens over to the last token;
     ``cached_share`` is the part of the history that was not computed again, null in a first step;
-    ``problem`` says why an output is not ``valid``."""
+    ``problem`` says why an output is not ``valid``; ``cycles`` are accounts where they were asked
+    for."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -74,6 +76,7 @@ class Step(BaseModel):
     valid: bool
     problem: str | None = None
     token_ids: tuple[int, ...]
+    cycles: tuple[CycleAccount, ...] = ()
 
     @classmethod
     def of(
@@ -97,6 +100,7 @@ class Step(BaseModel):
             valid=problem is None,
             problem=problem,
             token_ids=sample.token_ids,
+            cycles=sample.cycles,
         )
 
 

@@ -9,6 +9,7 @@ from rich.table import Table
 from dspark_backend.bench.cost import CostReport
 from dspark_backend.bench.decode import DecodeReport, DecodeTotals
 from dspark_backend.bench.quality import QualityReport
+from dspark_backend.bench.simulate import SimulateReport
 from dspark_backend.bench.steps_report import StepsReport, StepsTotals
 from dspark_backend.request import StepKind
 
@@ -119,6 +120,34 @@ def cost_table(report: CostReport) -> Table:
     table.add_row("1000 more to a row", f"{cost.pair_s * 1e6:.3f}", "", "")
     error = f"{report.median_error:.1%}"
     table.add_row(f"median error, {len(report.checks)} other passes", error, "", "")
+    return table
+
+
+def simulate_table(report: SimulateReport) -> Table:
+    """Every policy at every number of agents: tokens a second of all and of each, over plain
+    decoding; then by agent and pass the tokens written, the drafts verified, how many of those
+    held, and how often the drafter was called; milliseconds a cycle."""
+    table = _table(
+        f"{report.curve} (assumed, not measured), {report.steps} steps, {report.records}",
+        ("tok/s", "each", "gain", "tok/\npass", "ver-\nified", "held", "draf-\nted", "ms"),
+    )
+    agents = 0
+    for result in report.results:
+        if result.agents != agents:
+            agents = result.agents
+            table.add_section()
+            table.add_row(f"{agents} agent{'s' if agents > 1 else ''}")
+        table.add_row(
+            result.policy,
+            f"{result.tok_per_s:.0f}",
+            f"{result.tok_per_s_per_agent:.0f}",
+            f"{result.speedup:.2f}x",
+            f"{result.accepted_length:.2f}",
+            f"{result.verified:.2f}",
+            "-" if result.held_share is None else f"{result.held_share:.0%}",
+            f"{result.drafted_share:.0%}",
+            f"{result.cycle_s * 1000:.1f}",
+        )
     return table
 
 

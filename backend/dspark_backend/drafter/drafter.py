@@ -15,18 +15,17 @@ from numpy.typing import NDArray
 
 from dspark_backend.catalog.files import ModelFiles
 from dspark_backend.drafter.checkpoint import DrafterFiles, open_drafter
-from dspark_backend.drafter.config import HeadType
-from dspark_backend.drafter.weights import DraftLayer, SequentialWeights, load_weights
+from dspark_backend.drafter.sequential import SequentialStage
+from dspark_backend.drafter.weights import DraftLayer, load_weights
 from dspark_backend.kernels.draft_attention.cpu import attend_block
 from dspark_backend.kernels.norm.cpu import add_rms_norm, rms_norm
 from dspark_backend.kernels.rope.cpu import rope_append
 from dspark_backend.kernels.swiglu.cpu import silu_mul
 from dspark_backend.kv.contiguous import KVShape, SequenceKV
 from dspark_backend.speculation.protocol import Anchor, Proposal
+from dspark_backend.speculation.vocabulary import DraftVocabulary
 from dspark_backend.target.precision import Precision
 from dspark_backend.target.rope import tables
-
-SOURCE = "dspark"
 
 Rows = NDArray[np.float32]
 
@@ -51,8 +50,14 @@ class DSparkDrafter:
         self.context_shape = KVShape(shape.num_layers, shape.num_kv_heads, shape.head_dim)
         self._shape = shape
         self._weights = load_weights(files, target, precision)
-        self._temperatures = files.calibration.temperatures
-        self._d2t = None if files.d2t is None else files.d2t.numpy()
+        vocabulary = (
+            DraftVocabulary.whole(files.config.output_size)
+            if files.d2t is None
+            else DraftVocabulary(files.d2t.numpy())
+        )
+        self._stage = SequentialStage(
+            self._weights, self.config, vocabulary, files.calibration.temperatures
+        )
         # A block may begin at the last position: its slots lie past it.
         self._cos, self._sin = tables(shape, max_positions + self.block_size)
 
@@ -93,16 +98,17 @@ class DSparkDrafter:
         context.length = end
 
     def propose(self, anchors: Sequence[Anchor]) -> list[Proposal]:
-        """Greedy blocks with their calibrated survivals; contexts are not changed."""
-        if not anchors:
-            return []
-        hidden = self._parallel(anchors)
-        tokens, confidence = self._sequential(hidden, [anchor.token for anchor in anchors])
-        survival = np.cumprod(confidence, axis=1)
-        return [
-            Proposal(tuple(drafts), tuple(sure), SOURCE)
-            for drafts, sure in zip(tokens.tolist(), survival.tolist(), strict=True)
-        ]
+        """Blocks with their calibrated survivals; contexts are not changed.
+
+        Raises ValueError for an anchor whose known tokens leave no slot to draft.
+        """
+        for anchor in anchors:
+            if len(anchor.known) >= self.block_size:
+                raise ValueError(
+                    f"{len(anchor.known)} tokens are known after the anchor: a block of "
+                    f"{self.block_size} has no slot left to draft"
+                )
+        return self._stage.run(self._parallel(anchors), anchors) if anchors else []
 
     def _parallel(self, anchors: Sequence[Anchor]) -> Rows:
         """The backbone over all blocks: normed hidden states, float32 [S, g, d]."""
@@ -152,89 +158,3 @@ class DSparkDrafter:
                 q, context.keys[index], context.values[index], start, keys, values, mixed[mine]
             )
         return mixed.reshape(len(normed), heads * width)
-
-    def _sequential(
-        self, hidden: Rows, tokens: Sequence[int]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Left to right, every slot seeing the draft before it: target ids and confidences."""
-        sessions, size, width = hidden.shape
-        weights = self._weights
-        logits = np.empty((sessions * size, weights.head.channels), np.float32)
-        weights.head(hidden.reshape(sessions * size, width), logits)
-        base = logits.reshape(sessions, size, -1)
-        head = (
-            None
-            if weights.sequential is None
-            else _Sequential(weights.sequential, self.config.head)
-        )
-        drafts = np.empty((sessions, size), np.int64)
-        sure = np.ones((sessions, size))
-        token = np.array(tokens)
-        for k in range(size):
-            row = base[:, k]
-            previous: Rows | None = None
-            if head is not None:
-                previous = head.embed(token)
-                row = row + head.bias(hidden[:, k], previous)
-            sure[:, k] = self._confidence(hidden[:, k], previous, self._temperatures[k])
-            best = row.argmax(axis=1)
-            token = best if self._d2t is None else self._d2t[best]
-            drafts[:, k] = token
-        return drafts, sure
-
-    def _confidence(
-        self, hidden: Rows, previous: Rows | None, temperature: float
-    ) -> NDArray[np.float64]:
-        """Calibrated c_k [S]; 1 where the drafter has no such head: it never says to stop."""
-        weights = self._weights
-        if weights.confidence is None:
-            return np.ones(len(hidden))
-        x = hidden
-        if self.config.confidence_with_markov and previous is not None:
-            x = np.concatenate([hidden, previous], axis=1)
-        # Row by row in float64: a matrix product could change bits with the number of rows.
-        logits = np.array([float((row.astype(np.float64) * weights.confidence).sum()) for row in x])
-        scaled = (logits + weights.confidence_bias) / temperature
-        return 0.5 * (1 + np.tanh(0.5 * scaled))
-
-
-class _Sequential:
-    """A Markov head on its way through one block of each session."""
-
-    def __init__(self, weights: SequentialWeights, kind: HeadType) -> None:
-        self._weights = weights
-        self._kind = kind
-        self._state: Rows | None = None
-
-    def embed(self, tokens: NDArray[np.int64]) -> Rows:
-        """W1 of the tokens before: float32 [S, r]."""
-        rows: Rows = self._weights.w1[torch.from_numpy(tokens)].float().numpy()
-        return rows
-
-    def bias(self, hidden: Rows, previous: Rows) -> Rows:
-        """The bias of a slot's logits, float32 [S, D]; moves the state on."""
-        latent = np.ascontiguousarray(self._latent(hidden, previous))
-        out = np.empty((len(latent), self._weights.w2.channels), np.float32)
-        self._weights.w2(latent, out)
-        return out
-
-    def _latent(self, hidden: Rows, previous: Rows) -> Rows:
-        inner = self._weights.inner
-        if inner is None:
-            return previous
-        joint = np.empty((len(hidden), inner.channels), np.float32)
-        if self._kind is HeadType.GATED:
-            inner(np.concatenate([hidden, previous], axis=1), joint)
-            return _sigmoid(joint) * previous
-        if self._state is None:
-            self._state = np.zeros_like(previous)
-        inner(np.concatenate([self._state, previous, hidden], axis=1), joint)
-        gate, candidate, output = np.split(joint, 3, axis=1)
-        kept = _sigmoid(gate)
-        self._state = kept * self._state + (1 - kept) * np.tanh(candidate)
-        return np.tanh(output)
-
-
-def _sigmoid(x: Rows) -> Rows:
-    out: Rows = np.float32(0.5) * (1 + np.tanh(np.float32(0.5) * x))
-    return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from dspark_backend.errors import BackendError, GrammarError, ModelFormatError, RequestError
@@ -18,6 +19,9 @@ from dspark_backend.grammar.turn import turn_lark
 if TYPE_CHECKING:
     from dspark_backend.checkpoint.config import TargetConfig
     from dspark_backend.tokenizer import Tokenizer
+
+_RESULTS = ("a", "", "\n", " ", "7", "{", "<", "é")
+"""Results that begin in as many ways as tokenizers merge what stands before."""
 
 
 class Dialect:
@@ -66,6 +70,26 @@ class Dialect:
         if closed and self.end_of_turn_id in tokens:
             return tokens[tokens.index(self.end_of_turn_id) + 1 :]
         return tokens
+
+    def result_head(
+        self, name: str | None, call_id: str | None = None, *, closed: bool = True
+    ) -> list[int]:
+        """The tokens that follow a turn with a call of ``name``, as far as they are the same
+        whatever the call's result is; ``closed`` as in :meth:`render_next`.
+
+        Found by rendering unlike results, so it holds for any template. A result that begins as no
+        probe does may still melt with the last token: compare before relying on it.
+
+        Raises:
+            RequestError: the model has no chat template.
+        """
+        message = {"role": "tool", "name": name, "tool_call_id": call_id}
+        head = self.render_next([{**message, "content": _RESULTS[0]}], closed=closed)
+        for content in _RESULTS[1:]:
+            other = self.render_next([{**message, "content": content}], closed=closed)
+            same = takewhile(lambda pair: pair[0] == pair[1], zip(head, other, strict=False))
+            head = [token for token, _ in same]
+        return head
 
     def grammar(self, spec: TurnSpec) -> Grammar | None:
         """The grammar of a turn; None where any text will do.

@@ -33,6 +33,10 @@ class KVBudget:
     def fits(self, more_bytes: int) -> bool:
         return self.used_bytes + more_bytes <= self.limit_bytes
 
+    def is_plenty(self, more_bytes: int) -> bool:
+        """Whether half of the grant is still free after ``more_bytes``."""
+        return self.used_bytes + more_bytes <= self.limit_bytes // 2
+
     def take(self, more_bytes: int) -> None:
         """Raises CapacityError when the grant is used up; nothing is taken then."""
         if not self.fits(more_bytes):
@@ -79,24 +83,26 @@ class SequenceKV:
         return own if self.draft is None else own + self.draft.held_bytes
 
     def capacity_bytes_for(self, length: int) -> int:
-        """Bytes of budget that ``reserve(length)`` would take on top of what is held."""
-        more = 0 if self.draft is None else self.draft.capacity_bytes_for(length)
-        if length <= self.capacity:
-            return more
-        return more + (self._grown(length) - self.capacity) * self.shape.bytes_per_token
+        """Bytes of budget that ``reserve(length)`` needs on top of what is held."""
+        return self._bytes_to(length, generous=False)
 
     def reserve(self, length: int) -> None:
-        """Make room for ``length`` positions. Raises CapacityError; what is there stays then."""
+        """Make room for ``length`` positions, and ahead of more to come while memory is plenty.
+
+        Raises CapacityError; nothing changes then.
+        """
+        generous = self._budget.is_plenty(self._bytes_to(length, generous=True))
+        self._budget.take(self._bytes_to(length, generous=generous))
+        self._grow(length, generous=generous)
+
+    def trim(self) -> None:
+        """Give back what was reserved beyond the positions held."""
         if self.draft is not None:
-            self.draft.reserve(length)
-        if length <= self.capacity:
-            return
-        capacity = self._grown(length)
-        self._budget.take((capacity - self.capacity) * self.shape.bytes_per_token)
-        keys, values = self._allocate(capacity)
-        keys[:, :, : self.length] = self.keys[:, :, : self.length]
-        values[:, :, : self.length] = self.values[:, :, : self.length]
-        self.keys, self.values = keys, values
+            self.draft.trim()
+        capacity = self._rounded(self.length)
+        if capacity < self.capacity:
+            self._budget.give_back((self.capacity - capacity) * self.shape.bytes_per_token)
+            self._move(capacity)
 
     def truncate(self, length: int) -> None:
         """Forget positions from ``length`` on."""
@@ -131,11 +137,36 @@ class SequenceKV:
             if self.draft is not None:
                 self.draft.close()
 
+    def _bytes_to(self, length: int, *, generous: bool) -> int:
+        more = 0 if self.draft is None else self.draft._bytes_to(length, generous=generous)
+        return more + self._growth(length, generous) * self.shape.bytes_per_token
+
+    def _grow(self, length: int, *, generous: bool) -> None:
+        if self.draft is not None:
+            self.draft._grow(length, generous=generous)
+        growth = self._growth(length, generous)
+        if growth:
+            self._move(self.capacity + growth)
+
+    def _growth(self, length: int, generous: bool) -> int:
+        if length <= self.capacity:
+            return 0
+        return (self._grown(length) if generous else self._rounded(length)) - self.capacity
+
     def _grown(self, length: int) -> int:
         # Doubling up to 4 Ki positions, then by a quarter: long contexts should not hold twice
         # what they use.
         target = max(length, min(2 * self.capacity, self.capacity + max(4096, self.capacity // 4)))
-        return -(-target // self.GRAIN) * self.GRAIN
+        return self._rounded(target)
+
+    def _rounded(self, length: int) -> int:
+        return -(-length // self.GRAIN) * self.GRAIN
+
+    def _move(self, capacity: int) -> None:
+        keys, values = self._allocate(capacity)
+        keys[:, :, : self.length] = self.keys[:, :, : self.length]
+        values[:, :, : self.length] = self.values[:, :, : self.length]
+        self.keys, self.values = keys, values
 
     def _allocate(self, capacity: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         shape = (self.shape.layers, self.shape.kv_heads, capacity, self.shape.head_dim)

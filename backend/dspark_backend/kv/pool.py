@@ -35,10 +35,43 @@ class SequencePool:
             draft = SequenceKV(self._draft_shape, self._budget)
         return SequenceKV(self._shape, self._budget, draft)
 
+    def make_room(
+        self,
+        kv: SequenceKV,
+        length: int,
+        idle: Sequence[SequenceKV] = (),
+        spare: SequenceKV | None = None,
+    ) -> bool:
+        """Whether ``kv`` can have ``length`` positions now, giving up for it what it takes, and
+        nothing where all of it would not do.
+
+        What goes, in this order, until it fits: kept prefixes, what the ``idle`` sequences of open
+        sessions have reserved and not used, then those sequences themselves, the first of ``idle``
+        first; at the very end ``spare``, which ``kv`` is to be filled from. Lengths become 0:
+        whoever owns such a sequence computes it again.
+        """
+        if self._fits(kv, length):
+            return True
+        most = self._prefixes.held_bytes + sum(other.held_bytes for other in idle)
+        if not self._budget.fits(kv.capacity_bytes_for(length) - most):
+            return False
+        while self._prefixes.evict(spare):
+            if self._fits(kv, length):
+                return True
+        for other in idle:
+            other.trim()
+            if self._fits(kv, length):
+                return True
+        for other in sorted(idle, key=lambda other: other is spare):
+            _empty(other)
+            if self._fits(kv, length):
+                return True
+        self._prefixes.clear()
+        return self._fits(kv, length)
+
     def reserve(self, kv: SequenceKV, length: int) -> None:
         """Room for ``length`` positions, giving up kept prefixes for it. Raises CapacityError."""
-        while not self._budget.fits(kv.capacity_bytes_for(length)) and self._prefixes.evict():
-            pass
+        self.make_room(kv, length)
         kv.reserve(length)
 
     def copy(self, source: SequenceKV) -> SequenceKV:
@@ -48,24 +81,16 @@ class SequencePool:
         twin.copy_prefix(source, source.length)
         return twin
 
-    def reuse(
-        self,
-        kv: SequenceKV,
-        tokens: Sequence[int],
-        live: Iterable[tuple[Sequence[int], SequenceKV]],
-    ) -> None:
-        """Fill the empty ``kv`` with what a kept or live sequence has of ``tokens`` already.
+    def longest(
+        self, tokens: Sequence[int], live: Iterable[tuple[Sequence[int], SequenceKV]]
+    ) -> tuple[SequenceKV | None, int]:
+        """The kept or live sequence that has most of ``tokens`` already, and how many of them.
 
-        The last token is computed in any case: its logits are what a step goes on from. Raises
-        CapacityError.
+        The last token is computed in any case: its logits are what a step goes on from.
         """
         source, shared = self._prefixes.longest(tokens, live)
         shared = min(shared, len(tokens) - 1)
-        if source is not None and shared > 0:
-            self.reserve(kv, shared)
-            # Making room may have cost the source itself; then there is nothing to copy.
-            if source.length >= shared:
-                kv.copy_prefix(source, shared)
+        return (source, shared) if shared > 0 else (None, 0)
 
     def retire(self, tokens: Sequence[int], kv: SequenceKV) -> None:
         """A session is over: keep the sequence for its beginning while there is room."""
@@ -73,10 +98,7 @@ class SequencePool:
 
     def check_fits(self, length: int) -> None:
         """Raises CapacityError when ``length`` positions are more than the whole budget."""
-        a_token = self._shape.bytes_per_token
-        if self._draft_shape is not None:
-            a_token += self._draft_shape.bytes_per_token
-        if a_token * length > self._budget.limit_bytes:
+        if not self._fits_alone(length):
             raise CapacityError(
                 f"the step needs {length} positions, more than all of kv_bytes "
                 f"({self._budget.limit_bytes / 2**20:.0f} MiB) holds; raise kv_bytes"
@@ -85,3 +107,14 @@ class SequencePool:
     def clear(self) -> None:
         """Give up all kept prefixes."""
         self._prefixes.clear()
+
+    def _fits(self, kv: SequenceKV, length: int) -> bool:
+        return self._budget.fits(kv.capacity_bytes_for(length))
+
+    def _fits_alone(self, length: int) -> bool:
+        return self.new().capacity_bytes_for(length) <= self._budget.limit_bytes
+
+
+def _empty(kv: SequenceKV) -> None:
+    kv.truncate(0)
+    kv.trim()

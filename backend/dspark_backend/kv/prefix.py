@@ -2,41 +2,60 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-
-import numpy as np
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from dspark_backend.kv.contiguous import SequenceKV
+from dspark_backend.kv.retention import reuse_in
+
+_CHUNK = 64
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many leading tokens two logs share."""
     shortest = min(len(a), len(b))
-    left = np.asarray(a[:shortest], dtype=np.int64)
-    right = np.asarray(b[:shortest], dtype=np.int64)
-    differing = np.flatnonzero(left != right)
-    return int(differing[0]) if differing.size else shortest
+    place = 0
+    # Most logs differ in their first chunk or in none, and slices of one type compare in C.
+    while place < shortest and list(a[place : place + _CHUNK]) == list(b[place : place + _CHUNK]):
+        place += _CHUNK
+    while place < shortest and a[place] == b[place]:
+        place += 1
+    return min(place, shortest)
+
+
+@dataclass(slots=True)
+class _Kept:
+    kv: SequenceKV
+    last_used: float
+    hits: int = 0
 
 
 class PrefixCache:
-    """Sequences of closed sessions, kept for their beginnings, least recently used first out.
+    """Sequences of closed sessions, kept for their beginnings; who is likely to be wanted last
+    leaves first.
 
     Holds at most ``limit_bytes`` of the engine's KV budget and gives all of it up on demand.
     """
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit_bytes = limit_bytes
-        self._kept: OrderedDict[tuple[int, ...], SequenceKV] = OrderedDict()
+        self._clock = clock
+        self._kept: dict[tuple[int, ...], _Kept] = {}
+        self._held_bytes = 0
 
     def keep(self, tokens: Sequence[int], kv: SequenceKV) -> None:
         """Take over ``kv``, whose positions hold ``tokens``; this cache closes it."""
         key = tuple(tokens[: kv.length])
+        if key in self._kept:
+            self._kept[key].last_used = self._clock()
         if not key or key in self._kept:
             kv.close()
             return
-        self._kept[key] = kv
-        while self._kept and self.held_bytes > self._limit_bytes:
+        kv.trim()
+        self._kept[key] = _Kept(kv, self._clock())
+        self._held_bytes += kv.held_bytes
+        while self._held_bytes > self._limit_bytes:
             self.evict()
 
     def longest(
@@ -49,30 +68,43 @@ class PrefixCache:
         best: SequenceKV | None = None
         shared = 0
         for log, kv in live:
-            length = min(common_prefix(tokens, log), kv.length)
-            if length > shared:
-                best, shared = kv, length
-        hit: tuple[int, ...] | None = None
-        for key, kv in self._kept.items():
-            length = min(common_prefix(tokens, key), kv.length)
-            if length > shared:
-                best, shared, hit = kv, length, key
+            if kv.length > shared:
+                length = min(common_prefix(tokens, log), kv.length)
+                if length > shared:
+                    best, shared = kv, length
+        hit: _Kept | None = None
+        for key, kept in self._kept.items():
+            if kept.kv.length > shared:
+                length = min(common_prefix(tokens, key), kept.kv.length)
+                if length > shared:
+                    best, shared, hit = kept.kv, length, kept
         if hit is not None:
-            self._kept.move_to_end(hit)
+            hit.hits += 1
+            hit.last_used = self._clock()
         return best, shared
 
-    def evict(self) -> bool:
-        """Close the least recently used sequence; False when there is none."""
-        if not self._kept:
+    def evict(self, spare: SequenceKV | None = None) -> bool:
+        """Close the sequence that is wanted last, ``spare`` excepted; False when there is none."""
+        now = self._clock()
+        last = max(
+            ((key, kept) for key, kept in self._kept.items() if kept.kv is not spare),
+            key=lambda entry: reuse_in(now, entry[1].last_used, entry[1].hits),
+            default=None,
+        )
+        if last is None:
             return False
-        _, kv = self._kept.popitem(last=False)
-        kv.close()
+        key, kept = last
+        del self._kept[key]
+        self._held_bytes -= kept.kv.held_bytes
+        kept.kv.close()
         return True
 
     @property
     def held_bytes(self) -> int:
-        return sum(kv.held_bytes for kv in self._kept.values())
+        """Budget held by the kept sequences."""
+        return self._held_bytes
 
     def clear(self) -> None:
+        """Close all of them."""
         while self.evict():
             pass

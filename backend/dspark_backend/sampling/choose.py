@@ -44,8 +44,9 @@ def sample(probabilities: torch.Tensor, noise: Noise) -> int:
 
     The plain form, for the streams of rejection sampling (:mod:`dspark_backend.sampling.verify`).
     """
-    gumbel = noise.gumbel(np.arange(len(probabilities), dtype=np.uint32))
-    return int((probabilities.log() + torch.from_numpy(gumbel)).argmax())
+    weights: NDArray[np.float64] = probabilities.numpy()
+    ids = np.flatnonzero(weights).astype(np.uint32)
+    return int(ids[(np.log(weights[ids]) + noise.gumbel(ids)).argmax()])
 
 
 def _race(

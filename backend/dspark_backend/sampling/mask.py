@@ -9,12 +9,6 @@ import torch
 from numpy.typing import NDArray
 
 
-def is_allowed(mask: torch.Tensor, token: int) -> bool:
-    """Whether ``mask`` (``[words] int32``) allows ``token``. Ids past its last word are illegal."""
-    word = token >> 5
-    return word < mask.shape[0] and bool((int(mask[word]) >> (token & 31)) & 1)
-
-
 def unpack(mask: torch.Tensor, vocab: int) -> NDArray[np.bool_]:
     """``[words] int32`` to ``[vocab] bool``."""
     return np.unpackbits(_octets(mask, vocab), bitorder="little", count=vocab).view(np.bool_)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from dspark_backend.errors import RequestError
-from dspark_backend.request import SamplingParams
+from dspark_backend.request import AcceptanceRule, SamplingParams
 
 # Below this, logits over temperature leave float32's useful range.
 MIN_TEMPERATURE = 1e-4
@@ -45,3 +45,7 @@ def validate(params: SamplingParams, vocab_size: int) -> None:
             raise RequestError(
                 f"logit_bias of token {token} is {bias}; use a finite number, or -inf to forbid it"
             )
+    if params.acceptance not in tuple(AcceptanceRule):
+        raise RequestError(
+            f"acceptance is {params.acceptance!r}; it is one of {', '.join(AcceptanceRule)}"
+        )

@@ -42,8 +42,12 @@ class Processors:
 
     def sampled(self, logits: NDArray[np.float32], mask: torch.Tensor | None) -> Candidates:
         """The support of p' with logits over temperature; p' is their softmax."""
+        return self.truncated(self.scored(logits, mask))
+
+    def truncated(self, scored: Candidates) -> Candidates:
+        """The second half of :meth:`sampled`: temperature and truncation of ``scored`` ones."""
         params = self._params
-        kept = self.scored(logits, mask).scaled(params.temperature)
+        kept = scored.scaled(params.temperature)
         kept.argmax()  # so that the searches below meet no NaN
         if params.top_k > 0:
             kept = kept.at_least(top_k_cutoff(kept.logits, params.top_k))

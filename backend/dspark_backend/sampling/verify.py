@@ -61,13 +61,24 @@ def verify_rejection(
     *into the residual* (cutting the block before it and sampling ``p`` is biased).
     """
     for k, draft in enumerate(drafts):
-        if acceptance_uniform(seed, position + k) * q[k, draft] >= p[k, draft]:
-            residual = (p[k] - q[k]).clamp(min=0.0)
-            # No mass left means p = q but for rounding, and then p is the residual's limit.
-            rest = residual if residual.sum() > 0.0 else p[k]
-            return Acceptance(k, sample(rest, Noise(seed, Stream.RESIDUAL, position + k)))
+        p_draft, q_draft = float(p[k, draft]), float(q[k, draft])
+        if not passes(p_draft, q_draft, seed=seed, position=position + k):
+            return Acceptance(k, correction(p[k], q[k], seed=seed, position=position + k))
     noise = Noise(seed, Stream.RESIDUAL, position + len(drafts))
     return Acceptance(len(drafts), sample(p[len(drafts)], noise))
+
+
+def passes(p_draft: float, q_draft: float, *, seed: int, position: int) -> bool:
+    """The ratio test at ``position``: yes with probability ``min(1, p(x)/q(x))``."""
+    return acceptance_uniform(seed, position) * q_draft < p_draft
+
+
+def correction(p: torch.Tensor, q: torch.Tensor, *, seed: int, position: int) -> int:
+    """What is emitted at ``position`` after a rejection; ``p``, ``q`` [V] float64."""
+    residual = (p - q).clamp(min=0.0)
+    # No mass left means p = q but for rounding, and then p is the residual's limit.
+    rest = residual if residual.sum() > 0.0 else p
+    return sample(rest, Noise(seed, Stream.RESIDUAL, position))
 
 
 def _longest_match(choices: Sequence[int], drafts: Sequence[int]) -> Acceptance:

@@ -21,7 +21,7 @@ LONGEST = 32
 FLOOR = 0.1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CopyProposal(Proposal):
     """A proposal that remembers for :meth:`CopyProposer.observe` where its estimates came from.
 
@@ -98,7 +98,12 @@ class CopyProposer:
             cells.append(at)
             survival.append(alive)
         return CopyProposal(
-            found.tokens[: len(cells)], tuple(survival), COPY, kind, tuple(cells), match.length
+            found.tokens[: len(cells)],
+            tuple(survival),
+            COPY,
+            kind=kind,
+            cells=tuple(cells),
+            matched=match.length,
         )
 
     def observe(self, proposal: CopyProposal, accepted: int, verified: int | None = None) -> None:

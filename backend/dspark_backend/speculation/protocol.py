@@ -10,37 +10,62 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark_backend.kv.contiguous import KVShape, SequenceKV
+from dspark_backend.speculation.distribution import Distribution
+from dspark_backend.speculation.guide import Guide
 
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """Where a block starts: ``token`` is the last committed one, at position ``context.length``.
+    """Where a block starts: ``token`` is the first committed one that is not computed yet, at
+    position ``context.length``, and ``known`` are the committed ones after it (fewer than a block).
 
-    ``context`` holds the drafter's keys and values of every position before it.
+    ``context`` holds the drafter's keys and values of every position before it. Slot k of the chain
+    holds the token k places after the anchor: the first ``len(known)`` are given, the rest is
+    drafted. ``guide`` decides about those; without one, each is the most likely token.
     """
 
     context: SequenceKV
     token: int
+    known: tuple[int, ...] = ()
+    guide: Guide | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """Drafted tokens in order, and for each the calibrated probability that it and all before it
-    will be accepted, given the context (survival, DSPARK.md section 1): non-increasing.
+    """Drafted tokens in order (what is known is not among them), and for each the calibrated
+    probability that it and all before it will be accepted, given the context (survival, DSPARK.md
+    section 1): non-increasing, and survival k does not depend on token k.
 
-    ``source`` names who drafted: metrics count by it.
+    ``source`` names who drafted: metrics count by it. Of a constrained step, ``mask_width`` says
+    for each token how many the grammar allowed there (0: all), and ``forced`` whether it is output
+    by definition; both are empty where nothing was constrained. ``distributions`` are what the
+    tokens were drawn from, None for one that is a function of the context; empty where all are.
     """
 
     tokens: tuple[int, ...]
     survival: tuple[float, ...]
     source: str
+    mask_width: tuple[int, ...] = ()
+    forced: tuple[bool, ...] = ()
+    distributions: tuple[Distribution | None, ...] = ()
+
+    def first(self, count: int) -> Proposal:
+        """The first ``count`` tokens of it."""
+        return Proposal(
+            self.tokens[:count],
+            self.survival[:count],
+            self.source,
+            self.mask_width[:count],
+            self.forced[:count],
+            self.distributions[:count],
+        )
 
 
 class Drafter(Protocol):
     """Drafts blocks from the target's features. Used by the engine's thread only.
 
-    Drafts are a function of the context (a greedy chain), so any budget keeps the output exact
-    (DSPARK.md, section 6).
+    Without a guide, drafts are a function of the context (a greedy chain), so any budget keeps the
+    output exact (DSPARK.md, section 6).
     """
 
     @property
@@ -49,7 +74,7 @@ class Drafter(Protocol):
 
     @property
     def block_size(self) -> int:
-        """Most tokens that a proposal holds."""
+        """Slots of a block: most tokens that an anchor's known ones and its proposal hold."""
 
     @property
     def context_shape(self) -> KVShape:
@@ -60,4 +85,5 @@ class Drafter(Protocol):
         reserved. Sets ``context.length``."""
 
     def propose(self, anchors: Sequence[Anchor]) -> list[Proposal]:
-        """One block for each anchor; contexts are not changed."""
+        """One block for each anchor; contexts are not changed. Each guide is asked once for every
+        slot after the known ones, until it ends the block."""

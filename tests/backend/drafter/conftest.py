@@ -7,7 +7,7 @@ sequence and one slot at a time; it shares no code with the drafter.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,20 +30,38 @@ class Reference:
     weights: dict[str, Tensor]
     d2t: list[int] | None = None
 
-    def draft(self, features: Tensor, anchor: int) -> tuple[list[int], Tensor, list[float]]:
-        """Features [T, n * d] of positions 0 .. T - 1, anchor at T: tokens, logits, confidences."""
+    def draft(
+        self,
+        features: Tensor,
+        anchor: int,
+        known: Sequence[int] = (),
+        legal: Callable[[list[int]], list[int]] | None = None,
+    ) -> tuple[list[int], Tensor, list[float]]:
+        """Features [T, n * d] of positions 0 .. T - 1, anchor at T: tokens, logits, confidences.
+
+        The first slots hold ``known``; ``legal(tokens)`` are the target ids that may follow the
+        tokens after those (None: all); where there is one it is taken, and the block ends where
+        there are more and none that can be said.
+        """
         hidden = self.hidden(features, anchor)
         tokens, rows, sure = [], [], []
         previous, state = anchor, None
-        for h in hidden:
+        for slot, h in enumerate(hidden):
             w1 = self._w1(previous)
             bias, state = self._bias(h, w1, state)
             logits = self.weights["lm_head.weight"] @ h + bias
-            sure.append(self._confidence(h, w1))
-            chosen = int(logits.argmax())
-            previous = chosen if self.d2t is None else self.d2t[chosen]
+            ids = list(range(len(logits))) if self.d2t is None else self.d2t
+            if slot < len(known):
+                previous = known[slot]
+            else:
+                allowed = ids if legal is None else legal(tokens[len(known) :])
+                said = [(float(x), -v) for x, v in zip(logits, ids, strict=True) if v in allowed]
+                if not said and len(allowed) != 1:
+                    break
+                previous = allowed[0] if len(allowed) == 1 else -max(said)[1]
             tokens.append(previous)
             rows.append(logits)
+            sure.append(self._confidence(h, w1))
         return tokens, torch.stack(rows), sure
 
     def hidden(self, features: Tensor, anchor: int) -> list[Tensor]:

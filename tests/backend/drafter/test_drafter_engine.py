@@ -12,7 +12,8 @@ from dspark_backend.drafter.checkpoint import Storage, write_drafter
 from dspark_backend.engine import Engine
 from dspark_backend.errors import ModelFormatError, RequestError
 from dspark_backend.request import SamplingParams, StepRequest
-from dspark_backend.speculation.budget import Budget
+from dspark_backend.speculation.policies import Fixed, Threshold
+from dspark_backend.speculation.signals import Signals
 
 MakeDrafter = Callable[..., Any]
 PROMPTS = [tuple(range(5 + i, 40 + 5 * i)) for i in range(4)]
@@ -23,7 +24,10 @@ def written(random: Any, folder: Path) -> Path:
     return folder
 
 
-def texts(engine: Engine, sampling: SamplingParams) -> list[tuple[int, ...]]:
+def texts(
+    engine: Engine, sampling: SamplingParams, *, drafts: bool | None
+) -> list[tuple[int, ...]]:
+    """``drafts``: whether drafts are verified, None where the policy may find that none pays."""
     sessions = [engine.open_session() for _ in PROMPTS]
     handles = [
         engine.submit(session, StepRequest(prompt, 30, sampling, ignore_eos=True))
@@ -31,7 +35,7 @@ def texts(engine: Engine, sampling: SamplingParams) -> list[tuple[int, ...]]:
     ]
     outcomes = [handle.result(60) for handle in handles]
     drafted = sum(outcome.metrics.proposed.get("dspark", 0) for outcome in outcomes)
-    assert (drafted > 0) is engine.speculative
+    assert drafts is None or (drafted > 0) is drafts
     for session in sessions:
         session.close()
     return [outcome.token_ids for outcome in outcomes]
@@ -44,12 +48,16 @@ def test_speculation_on_equals_off(
 ) -> None:
     random = make_drafter("qwen3", head=head, draft_vocab=200)
     sampling = SamplingParams(temperature=temperature, seed=5)
-    with Engine.load(random.target_folder, threads=1) as plain:
-        expected = texts(plain, sampling)
+    with Engine.load(random.target_folder, threads=1, speculation=False) as plain:
+        expected = texts(plain, sampling, drafts=False)
     folder = written(random, tmp_path / "drafter")
-    for budget in (None, Budget(2), Budget(5, 0.2)):
-        with Engine.load(random.target_folder, threads=1, drafter=folder, budget=budget) as fast:
-            assert texts(fast, sampling) == expected
+    for policy in (None, Fixed(2), Threshold(5, 0.2)):
+        # A drafter that knows nothing is soon not asked any more, unless one insists.
+        signals = None if policy is None else Signals.drafts_alone()
+        options = {"drafter": folder, "policy": policy, "signals": signals}
+        with Engine.load(random.target_folder, threads=1, **options) as fast:
+            drafts = None if policy is None else True
+            assert texts(fast, sampling, drafts=drafts) == expected
 
 
 def test_a_drafter_that_is_not_there_or_not_for_this_model_is_refused(

@@ -154,6 +154,28 @@ def test_several_results_follow_in_one_render(model: str, dialect_named: Dialect
     assert log == dialect.render_start([ASK, both, result("1"), result("2")], TOOLS)
 
 
+@given(text=st.text(max_size=20))
+@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("model", MODELS)
+def test_what_follows_a_call_begins_alike_whatever_its_result(
+    model: str, dialect_named: DialectNamed, text: str
+) -> None:
+    dialect = dialect_named(model)
+    head = dialect.result_head("read_file", "c1")
+    assert head
+    log = [*dialect.render_start([ASK], TOOLS), *written(dialect, call(path="a"))]
+    told = {**result(text), "tool_call_id": "c1"}
+    whole = dialect.render_start([ASK, call(path="a"), told], TOOLS)
+    ahead = [*log, *head]
+    # Text may melt with the last certain token only, and what is ahead is compared before use.
+    assert whole[: len(ahead) - 1] == ahead[:-1]
+    if text[:1].isalnum() and text.isascii():
+        assert whole[: len(ahead)] == ahead
+    assert len(head) >= len(dialect.render_next([result("x")])) // 4
+    open_head = dialect.result_head("read_file", "c1", closed=False)
+    assert open_head == [dialect.end_of_turn_id, *head]
+
+
 def test_an_open_turn_is_closed_first(dialect: Dialect) -> None:
     closed = dialect.render_next([ASK])
     assert dialect.render_next([ASK], closed=False) == [dialect.end_of_turn_id, *closed]

@@ -95,7 +95,9 @@ def test_a_period_is_copied_to_the_limit_and_not_further() -> None:
 
 @pytest.mark.parametrize("log", [[], [5], [1, 2, 3, 4]])
 def test_where_nothing_repeats_nothing_is_proposed(log: list[int]) -> None:
-    assert proposer(log).propose() == CopyProposal((), (), COPY, StepKind.TEXT, (), 0)
+    assert proposer(log).propose() == CopyProposal(
+        (), (), COPY, kind=StepKind.TEXT, cells=(), matched=0
+    )
     assert proposer([1, 2, 1]).propose(0).tokens == ()
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from dspark_backend.drafter.drafter import DSparkDrafter
 from dspark_backend.drafter.model import DraftModel
 from dspark_backend.engine import Engine
 from dspark_backend.request import SamplingParams, StepKind, StepRequest
+from dspark_backend.speculation.policies import Fixed
 from dspark_backend.speculation.protocol import Anchor, Proposal
+from dspark_backend.speculation.signals import Signals
 from dspark_backend.target.precision import Precision
 from dspark_backend.training.cycles import Cycles, draft_everywhere, sigmoid
 from dspark_backend.training.evaluate import replay_all
@@ -26,6 +29,9 @@ from dspark_backend.training.features import DecoderFeatures
 from dspark_backend.training.recipe import TrainConfig, train
 from dspark_backend.training.rollout import Rollout, RolloutConfig, read_rollouts
 from dspark_backend.training.trainer import TrainerConfig
+
+# Replaying knows neither budgets nor copies.
+WHOLE_BLOCKS: dict[str, Any] = {"policy": Fixed(64), "signals": Signals.drafts_alone()}
 
 
 @dataclass
@@ -75,9 +81,8 @@ def test_the_engine_accepts_as_many_drafts_as_replaying_foresees(
     trained: Trained, replayed: list[Cycles], tiny_files: ModelFiles
 ) -> None:
     accepted = 0
-    with Engine.load(
-        tiny_files.folder, precision="int8x16", threads=1, drafter=trained.folder
-    ) as engine:
+    options = {"drafter": trained.folder, **WHOLE_BLOCKS}
+    with Engine.load(tiny_files.folder, precision="int8x16", threads=1, **options) as engine:
         for rollout in trained.held_out:
             with engine.open_session() as session:
                 outcome = engine.step(session, StepRequest(rollout.prompt, 40))
@@ -110,9 +115,9 @@ def test_the_engine_is_as_sure_as_replaying_is(
         return proposals
 
     monkeypatch.setattr(DSparkDrafter, "propose", recorded)
-    with Engine.load(
-        tiny_files.folder, precision="int8x16", threads=1, drafter=tmp_path / "d"
-    ) as engine:
+    options = {"drafter": tmp_path / "d", **WHOLE_BLOCKS}
+    with Engine.load(tiny_files.folder, precision="int8x16", threads=1, **options) as engine:
+        made.clear()  # loading measures what drafting costs
         prompt = tuple(engine.tokenizer.encode("The quick brown fox jumps over the lazy dog."))
         with engine.open_session() as session:
             answer = engine.step(session, StepRequest(prompt, 40, ignore_eos=True)).token_ids

@@ -1,0 +1,76 @@
+"""Memory for a step that is about to leave the queue, and for whom it is taken from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from dspark_backend.kv.contiguous import SequenceKV
+from dspark_backend.kv.pool import SequencePool
+from dspark_backend.kv.retention import returns_in
+from dspark_backend.running import RunningStep
+from dspark_backend.session import Session
+
+
+class Admission:
+    """Reserves a step's keys and values for as long as it can get, so that none dies of memory on
+    its way. For the holder of the engine's lock.
+
+    Memory comes, in this order, from kept prefixes of closed sessions, from what idle sessions
+    reserved and did not use, and from the idle sessions themselves: who returns last gives up
+    first, who waits in the queue last. Sessions whose steps run give up nothing.
+    """
+
+    def __init__(self, pool: SequencePool, margin: int) -> None:
+        """``margin``: positions a drafter uses past the end of a sequence."""
+        self._pool = pool
+        self._margin = margin
+        self._source: tuple[SequenceKV | None, int] = (None, 0)
+
+    def check_fits(self, positions: int) -> None:
+        """Raises CapacityError when a step that ends with so many positions can never run."""
+        self._pool.check_fits(positions + self._margin)
+
+    def make_room(self, step: RunningStep, live: Sequence[Session]) -> bool:
+        """Whether ``step`` can be admitted now; with nothing else running it always can.
+
+        After True, :meth:`fill` is the next call. ``live`` are all sessions of the engine.
+        """
+        session = step.session
+        others = [other for other in live if other is not session and other.kv.capacity]
+        source: SequenceKV | None = None
+        shared = 0
+        if session.kv.length == 0:
+            logs = ((other.log, other.kv) for other in others)
+            source, shared = self._pool.longest(session.log, logs)
+        self._source = source, shared
+        return self._pool.make_room(session.kv, self._needed(step), _idle(others), source)
+
+    def fill(self, step: RunningStep) -> None:
+        """Reserve the room, and copy into it what another sequence has of the log already."""
+        kv = step.session.kv
+        self._pool.reserve(kv, self._needed(step))
+        source, shared = self._source
+        self._source = (None, 0)
+        # Making room may have cost the source itself; then there is nothing to copy.
+        if source is not None and source.length >= shared:
+            kv.copy_prefix(source, shared)
+
+    def _needed(self, step: RunningStep) -> int:
+        return len(step.session.log) + step.request.max_new_tokens + self._margin
+
+
+def _idle(sessions: Sequence[Session]) -> list[SequenceKV]:
+    """The sequences of those whose step does not run: who returns last first, who waits in the
+    queue last."""
+    now = time.monotonic()
+    away = [
+        (
+            session.running is not None,
+            -returns_in(now, session.idle_since, session.expected_at),
+            place,
+        )
+        for place, session in enumerate(sessions)
+        if session.running is None or not session.running.admitted
+    ]
+    return [sessions[place].kv for _, _, place in sorted(away)]

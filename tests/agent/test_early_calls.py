@@ -1,0 +1,293 @@
+"""Tools that run while the model is still writing: order, failures, and who has to wait."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import anyio
+import pytest
+
+from dspark_agent import (
+    Agent,
+    DeadlineExceeded,
+    Model,
+    ModelError,
+    ModelRequest,
+    ModelResponse,
+    ModelTurn,
+    RetryPromptPart,
+    RunCancelled,
+    RunContext,
+    Tool,
+    ToolCallEnd,
+    ToolCallPart,
+    ToolResult,
+    UsageLimits,
+)
+from dspark_agent.models.base import (
+    CallChunk,
+    CallEnd,
+    CallStart,
+    Emit,
+    ModelSession,
+    TextChunk,
+    TranscriptSession,
+)
+
+pytestmark = pytest.mark.anyio
+
+Stage = ToolCallPart | Callable[[], Awaitable[object]]
+
+
+class Staged(Model):
+    """Writes calls one by one; between them it awaits what the test wants it to."""
+
+    name = "staged"
+
+    def __init__(self, *stages: Stage) -> None:
+        self.stages = stages
+        self.cancelled = False
+
+    async def open(
+        self, widest: ModelTurn, *, token_log: Sequence[int] | None = None
+    ) -> ModelSession:
+        return _StagedSession(self)
+
+
+class _StagedSession(TranscriptSession):
+    def __init__(self, model: Staged) -> None:
+        super().__init__()
+        self.model = model
+
+    def _empty_copy(self) -> TranscriptSession:
+        return _StagedSession(self.model)
+
+    async def respond(
+        self, messages: Sequence[ModelRequest | ModelResponse], turn: ModelTurn, emit: Emit
+    ) -> ModelResponse:
+        if any(isinstance(message, ModelResponse) for message in messages):
+            await emit(TextChunk("done"))
+            return ModelResponse(parts=())
+        calls: list[ToolCallPart] = []
+        try:
+            for stage in self.model.stages:
+                if not isinstance(stage, ToolCallPart):
+                    await stage()
+                    continue
+                await emit(CallStart(len(calls), stage.tool_name))
+                await emit(CallChunk(len(calls), stage.args_json()))
+                await emit(CallEnd(len(calls), stage))
+                calls.append(stage)
+        except BaseException:
+            self.model.cancelled = True
+            raise
+        return ModelResponse(parts=tuple(calls))
+
+
+def call(name: str, /, **args: Any) -> ToolCallPart:
+    return ToolCallPart(tool_name=name, args=args)
+
+
+async def step(model: Staged, *tools: Any, **options: Any) -> Any:
+    async with Agent(model, tools=tools).session(**options) as session:
+        with anyio.fail_after(5):
+            return await session.step("Go", tool_choice="required")
+
+
+async def test_the_first_call_runs_while_the_second_is_written() -> None:
+    ran = anyio.Event()
+
+    async def note(n: int) -> int:
+        """Note."""
+        if n == 1:
+            ran.set()
+        return n
+
+    result = await step(Staged(call("note", n=1), ran.wait, call("note", n=2)), note)
+    assert [part.content for part in result.tool_results] == [1, 2]
+
+
+async def test_sync_tools_start_early_too() -> None:
+    ran = threading.Event()
+
+    def note() -> str:
+        """Note."""
+        ran.set()
+        return "noted"
+
+    async def wait() -> None:
+        assert await anyio.to_thread.run_sync(ran.wait, 5)
+
+    result = await step(Staged(call("note"), wait), note)
+    assert result.tool_result == "noted"
+
+
+async def test_results_keep_the_order_of_the_calls_and_are_told_after_the_turn() -> None:
+    second = anyio.Event()
+    events: list[Any] = []
+
+    async def slow() -> str:
+        """Slow."""
+        await second.wait()
+        return "slow"
+
+    async def quick() -> str:
+        """Quick."""
+        second.set()
+        return "quick"
+
+    model = Staged(call("slow"), call("quick"), second.wait, call("quick"))
+    result = await step(model, slow, quick, on_event=events.append)
+    assert [part.content for part in result.tool_results] == ["slow", "quick", "quick"]
+    assert [part.note is not None for part in result.tool_results] == [False, False, True]
+    told = [type(e) for e in events if isinstance(e, ToolCallEnd | ToolResult)]
+    assert told == [ToolCallEnd] * 3 + [ToolResult] * 3
+
+
+async def test_a_sequential_tool_and_all_after_it_wait_for_the_end_of_the_turn() -> None:
+    log: list[str] = []
+
+    async def free(name: str) -> None:
+        """Free."""
+        log.append(name)
+
+    async def alone() -> None:
+        """Alone."""
+        log.append("alone")
+
+    async def written() -> None:
+        await anyio.sleep(0.02)
+        log.append("written")
+
+    model = Staged(call("free", name="a"), call("alone"), call("free", name="b"), written)
+    await step(model, free, Tool(alone, sequential=True))
+    assert log == ["a", "written", "alone", "b"]
+
+
+async def test_where_calls_are_limited_none_starts_before_it_is_known_that_all_may() -> None:
+    log: list[str] = []
+
+    async def note() -> None:
+        """Note."""
+        log.append("ran")
+
+    async def written() -> None:
+        await anyio.sleep(0.02)
+        log.append("written")
+
+    model = Staged(call("note"), written)
+    await step(model, note, limits=UsageLimits(tool_calls_limit=3))
+    assert log == ["written", "ran"]
+
+
+async def test_a_tool_sees_what_the_model_has_said_so_far() -> None:
+    seen: list[Any] = []
+    ran = anyio.Event()
+
+    async def look(ctx: RunContext[Any]) -> None:
+        """Look."""
+        seen.append(ctx.messages)
+        ran.set()
+
+    first, second = call("look"), call("missing")
+    result = await step(Staged(first, ran.wait, second), look)
+    (messages,) = seen
+    assert [type(message) for message in messages] == [ModelRequest, ModelResponse]
+    assert messages[-1].tool_calls == [first]
+    assert isinstance(result.tool_results[1], RetryPromptPart)
+
+
+async def test_a_tool_that_breaks_while_the_turn_streams_stops_it_and_undoes_the_step() -> None:
+    async def breaks() -> None:
+        """Break."""
+        raise ZeroDivisionError("a bug in the tool")
+
+    model = Staged(call("breaks"), anyio.sleep_forever)
+    async with Agent(model, tools=[breaks]).session() as session:
+        with anyio.fail_after(5), pytest.raises(ZeroDivisionError, match="a bug in the tool"):
+            await session.step("Go")
+        assert session.messages == ()
+    assert model.cancelled
+
+
+async def test_a_model_that_breaks_stops_the_tools_and_comes_out_as_it_is() -> None:
+    started, stopped = anyio.Event(), anyio.Event()
+
+    async def waits() -> None:
+        """Wait."""
+        started.set()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            stopped.set()
+
+    async def fail() -> None:
+        await started.wait()
+        raise ModelError("the server went away")
+
+    with pytest.raises(ModelError, match="went away"):
+        await step(Staged(call("waits"), fail), waits)
+    assert stopped.is_set()
+
+
+@pytest.mark.parametrize("how", ["parent", "deadline", "tool"])
+async def test_cancelling_reaches_the_model_and_the_running_tool(how: str) -> None:
+    started, stopped = anyio.Event(), anyio.Event()
+
+    async def waits(ctx: RunContext[Any]) -> None:
+        """Wait."""
+        started.set()
+        if how == "tool":
+            ctx.cancel("enough")
+        try:
+            await anyio.sleep_forever()
+        finally:
+            stopped.set()
+
+    model = Staged(call("waits"), anyio.sleep_forever)
+    limits = UsageLimits(wall_seconds=0.05 if how == "deadline" else None)
+    async with Agent(model, tools=[waits]).session() as session:
+        with anyio.CancelScope() as parent:
+
+            async def cancel() -> None:
+                await started.wait()
+                if how == "parent":
+                    parent.cancel()
+
+            async with anyio.create_task_group() as group:
+                group.start_soon(cancel)
+                expected: dict[str, type[Exception] | tuple[()]] = {
+                    "parent": (),
+                    "deadline": DeadlineExceeded,
+                    "tool": RunCancelled,
+                }
+                try:
+                    await session.step("Go", limits=limits)
+                except expected[how]:
+                    pass
+        assert parent.cancelled_caught == (how == "parent")
+        assert session.messages == ()
+        assert model.cancelled
+        assert stopped.is_set()
+
+
+async def test_what_a_listener_raises_stops_the_early_calls() -> None:
+    stopped = anyio.Event()
+
+    async def waits() -> None:
+        """Wait."""
+        try:
+            await anyio.sleep_forever()
+        finally:
+            stopped.set()
+
+    async def listen(event: object) -> None:
+        if isinstance(event, ToolCallEnd):
+            await anyio.sleep(0.01)
+            raise OSError("no terminal")
+
+    with pytest.raises(OSError, match="no terminal"):
+        await step(Staged(call("waits")), waits, on_event=listen)
+    assert stopped.is_set()
