@@ -28,7 +28,8 @@ from dspark_agent.relay import EventRelay
 from dspark_agent.settings import ModelSettings
 
 if TYPE_CHECKING:
-    from dspark_agent.core import Core, Work
+    from dspark_agent.account import Work
+    from dspark_agent.core import Core
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import uuid4
 
 import anyio
 
 from dspark_agent import budget
-from dspark_agent.budget import Budget
-from dspark_agent.calling import call_with_ctx
+from dspark_agent.account import Account, Work
+from dspark_agent.asking import say_format
+from dspark_agent.branching import branch
 from dspark_agent.compacting import compact, make_room
-from dspark_agent.context import Cancellation, DepsT, RunContext
+from dspark_agent.context import DepsT, RunContext
 from dspark_agent.conversation import Conversation
 from dspark_agent.declaration import Declaration
 from dspark_agent.deferred import DeferredToolResults
-from dspark_agent.errors import (
-    ContextLengthError,
-    DeadlineExceeded,
-    RunCancelled,
-    SessionClosedError,
-    UserError,
-)
+from dspark_agent.errors import ContextLengthError, SessionClosedError, UserError
 from dspark_agent.events import CompactionReason
-from dspark_agent.guards import check_guards
 from dspark_agent.history import History
-from dspark_agent.journal.entries import Instructions, RunBegun
+from dspark_agent.journal.entries import RunBegun
 from dspark_agent.journal.record import RunRecord
 from dspark_agent.journal.session import RecordedSession
 from dspark_agent.limits import RunUsage, UsageLimits
-from dspark_agent.messages import SystemPromptPart, UserPromptPart
 from dspark_agent.models.base import Model, ModelSession, ModelTurn
 from dspark_agent.observer import Watch
 from dspark_agent.relay import EventHandler
@@ -46,14 +39,6 @@ if TYPE_CHECKING:
     from dspark_agent.session import Session
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """A stretch of work under limits: a session's step, a run, a step of a run."""
-
-    budgets: tuple[Budget, ...]
-    cancellation: Cancellation
 
 
 class Core(Generic[DepsT]):
@@ -80,17 +65,10 @@ class Core(Generic[DepsT]):
         self.on_event = on_event
         self.record = record
         self.runner = declaration.runner()
-        self.watch = Watch(
-            declaration.name,
-            model.name,
-            model.provider,
-            uuid4().hex,
-            tuple(declaration.observers),
-        )
+        observers = tuple(declaration.observers)
+        self.watch = Watch(declaration.name, model.name, model.provider, uuid4().hex, observers)
         self.conversation = Conversation()
-        self.usage = RunUsage.part_of(None if parent is None else parent.usage)
-        self._parent = parent
-        self._budgets: tuple[Budget, ...] = () if parent is None else parent.budgets
+        self.account = Account(parent)
         self._model_session: ModelSession | None = None
         self._token_log: tuple[int, ...] | None = None
         self.widest = ModelTurn()
@@ -101,23 +79,26 @@ class Core(Generic[DepsT]):
 
     # -- open, copy, close ---------------------------------------------------------------------
 
-    async def open(self, history: History, output_type: Any = UNSET) -> None:
+    async def open(
+        self, history: History, output_type: Any = UNSET, onto: Conversation | None = None
+    ) -> None:
         """Open the model's side; go on from ``history`` (from its token log where that fits).
 
-        ``output_type`` is that of the steps to come, the agent's own when left out. With a journal,
-        the model is opened when a turn needs it.
+        ``output_type`` is that of the steps to come, the agent's own when left out; ``onto`` a
+        conversation whose steps were taken before. With a journal, the model is opened when a turn
+        needs it.
         """
         self.widest = self.plan(output_type=output_type, tools=tuple(self.runner.tools)).turn
         resumes = history.resumes(self.model.name, self.widest.tool_names)
         token_log = history.token_log if resumes else None
         conversation = replace(
-            self.conversation,
+            onto or Conversation(),
             messages=list(history.messages),
             sent=history.logged_messages if resumes else 0,
             context_tokens=len(token_log or ()),
             run_begin=len(history.messages),
         )
-        self._start(await self._open_session(conversation, token_log), conversation, self.limits)
+        self.start(await self._open_session(conversation, token_log), conversation, self.limits)
 
     async def _open_session(
         self, conversation: Conversation, token_log: tuple[int, ...] | None
@@ -154,52 +135,9 @@ class Core(Generic[DepsT]):
         )
         return await record.begin(begun)
 
-    async def take_over(self, other: Core[Any], work: Work, output_type: Any) -> None:
-        """Go on with the conversation of another agent, under this agent's instructions: in its
-        account, its journal, and told to its observers too."""
-        before = other.conversation
-        self.usage = other.usage
-        self.record = other.record
-        self.watch = other.watch.handed_over(self.watch)
-        self.conversation = replace(
-            Conversation(),
-            steps=list(before.steps),
-            compactions=list(before.compactions),
-            told=before.told,
-        )
-        first, *rest = before.messages
-        said = [part for part in first.parts if not isinstance(part, SystemPromptPart)]
-        parts = (*await self._instructions(work), *said)
-        begin = [first.model_copy(update={"parts": parts})] if parts else []
-        messages = (*begin, *rest)
-        gone = len(before.messages) - len(messages)
-        await self.open(History(messages=messages), output_type)
-        self.conversation.run_begin = max(0, before.run_begin - gone)
-
-    async def fork(self, *, shares_limits: bool = False) -> Core[DepsT]:
-        """An independent copy of the conversation, which shares the model's work so far; with
-        ``shares_limits``, what it uses counts here, under the limits that are in force here."""
-        with self._exclusive():
-            model_session = await self.model_session.fork()
-        if shares_limits:
-            child = self._sibling(self.context(Work(self._budgets, self._inherited())))
-            child._start(model_session, self.conversation.copy(), None)
-        else:
-            child = self._sibling(self._parent)
-            child._start(model_session, self.conversation.copy(), self.limits)
-        return child
-
-    async def _branch(
-        self, ctx: RunContext[DepsT], before: Conversation, model_mark: object
-    ) -> Core[DepsT]:
-        """A fork in the middle of a step: the conversation as it was before, as part of ``ctx``."""
-        model_session = await self.model_session.fork()
-        await model_session.rollback(model_mark)
-        child = self._sibling(ctx)
-        child._start(model_session, before.copy(), None)
-        return child
-
-    def _sibling(self, parent: RunContext[Any] | None) -> Core[DepsT]:
+    def sibling(self, parent: RunContext[Any] | None) -> Core[DepsT]:
+        """The same agent on the same model, as part of ``parent``; :meth:`start` gives it a
+        conversation."""
         child = Core(
             self.declaration,
             self.model,
@@ -213,16 +151,17 @@ class Core(Generic[DepsT]):
         child.epoch = self.epoch
         return child
 
-    def _start(
+    def start(
         self,
         model_session: ModelSession,
         conversation: Conversation,
         limits: UsageLimits | None,
     ) -> None:
+        """Begin with a conversation that ``model_session`` knows, under ``limits``."""
         self._model_session = model_session
         self.conversation = conversation
         if limits is not None:
-            self._budgets = (*self._budgets, Budget.begin(limits, self.usage))
+            self.account.limit(limits)
 
     async def close(self) -> None:
         """Free the model's side; the history stays readable. Idempotent."""
@@ -244,6 +183,16 @@ class Core(Generic[DepsT]):
         self.conversation = conversation
         self.epoch += 1
         await self.closed(before)
+
+    @property
+    def usage(self) -> RunUsage:
+        return self.account.usage
+
+    def work(
+        self, limits: UsageLimits | None, outer: Work | None = None
+    ) -> AbstractContextManager[Work]:
+        """Work under limits: see :meth:`Account.work`."""
+        return self.account.work(limits, outer)
 
     @property
     def is_open(self) -> bool:
@@ -273,7 +222,7 @@ class Core(Generic[DepsT]):
 
     async def rollback(self, conversation: Conversation, model_mark: object, epoch: int) -> None:
         """Go back to a copy of the conversation and the model's mark of the same moment."""
-        with self._exclusive():
+        with self.exclusive():
             if epoch != self.epoch:
                 await self.reopen(replace(conversation.copy(), sent=0))
                 return
@@ -282,35 +231,10 @@ class Core(Generic[DepsT]):
 
     # -- guards --------------------------------------------------------------------------------
 
-    @contextmanager
-    def work(self, limits: UsageLimits | None, outer: Work | None = None) -> Iterator[Work]:
-        """Work under ``limits``, within those of ``outer`` (or the session's, or the parent's).
-
-        Raises:
-            DeadlineExceeded: the deadline passed inside.
-            RunCancelled: :meth:`RunContext.cancel` was called inside.
-        """
-        budgets = self._budgets if outer is None else outer.budgets
-        if limits is not None:
-            budgets = (*budgets, Budget.begin(limits, self.usage))
-        with anyio.CancelScope(deadline=budget.deadline(budgets)) as scope:
-            around = self._inherited() if outer is None else outer.cancellation
-            own = around.scope is None  # nothing runs around this: cancelling ends this
-            cancellation = Cancellation(scope) if own else around
-            yield Work(budgets, cancellation)
-        if own and cancellation.reason is not None:
-            raise RunCancelled(cancellation.reason)
-        if scope.cancelled_caught:
-            first = min(budgets, key=lambda b: b.deadline)
-            raise DeadlineExceeded(first.limits.wall_seconds or 0.0)
-
-    def _inherited(self) -> Cancellation:
-        return Cancellation() if self._parent is None else self._parent.cancellation
-
     @asynccontextmanager
     async def whole_or_not_at_all(self) -> AsyncIterator[None]:
         """What happens inside is undone when it raises (cancellation included)."""
-        with self._exclusive():
+        with self.exclusive():
             before, model_mark = self.conversation.copy(), self.model_session.mark()
             try:
                 yield
@@ -328,7 +252,7 @@ class Core(Generic[DepsT]):
         """
         policy = self.declaration.compaction
         if policy is not None:
-            with self._exclusive():
+            with self.exclusive():
                 await make_room(self, work, policy)
         while True:
             sent = self.conversation.sent
@@ -341,12 +265,17 @@ class Core(Generic[DepsT]):
             except ContextLengthError:
                 if policy is None or was_heard:
                     raise
-                with self._exclusive():
+                with self.exclusive():
                     if not await compact(self, work, policy, CompactionReason.OVERFLOW):
                         raise
 
     @contextmanager
-    def _exclusive(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
+        """One step (or fork) at a time.
+
+        Raises:
+            SessionClosedError: another is in flight.
+        """
         if self._busy:
             raise SessionClosedError(
                 "the session has a step in flight: await it first, or fork() the session"
@@ -413,45 +342,6 @@ class Core(Generic[DepsT]):
             budgets=work.budgets,
         )
 
-    async def ask(self, prompt: str | None, work: Work) -> None:
-        """Add the instructions (before anything was said) and ``prompt`` to the conversation.
-
-        Raises:
-            UserError: there is nothing the model has to answer.
-            GuardrailTripped: an input guard stops the run.
-        """
-        if self.conversation.has_open_calls:
-            raise UserError(
-                "the history ends with tool calls that have no results; decide about them with "
-                "deferred_tool_results=..., add their ToolReturnParts, or leave the last response "
-                "out"
-            )
-        if not self.conversation.messages:
-            self.conversation.ask(*await self._instructions(work))
-        if prompt is not None:
-            guards = self.declaration.input_guards
-            await check_guards(guards, self.context(work), prompt, place="input")
-            self.conversation.ask(UserPromptPart(content=prompt))
-        elif not self.conversation.has_news:
-            raise UserError("nothing to answer: the model had the last word; give a prompt")
-
-    async def _instructions(self, work: Work) -> list[SystemPromptPart]:
-        """The agent's instructions as they are now, or as the run's journal has them: one part, or
-        none."""
-        step = len(self.conversation.steps)
-        known = None if self.record is None else self.record.find(Instructions, step)
-        if known is not None:
-            text = known.text
-        else:
-            texts = [
-                text if isinstance(text, str) else await call_with_ctx(text, self.context(work))
-                for text in self.declaration.instructions
-            ]
-            text = "\n\n".join(text for text in texts if text)
-            if self.record is not None:
-                await self.record.write(Instructions(step=step, text=text))
-        return [SystemPromptPart(content=text)] if text else []
-
     async def settle(self, results: DeferredToolResults, work: Work) -> StepTrace:
         """Carry out decisions about calls that wait: see :func:`settling.settle`.
 
@@ -489,7 +379,7 @@ class Core(Generic[DepsT]):
         async def fork() -> Session[DepsT, Any]:
             from dspark_agent.session import Session  # which is made of cores
 
-            return Session(await self._branch(ctx, before, model_mark), History())
+            return Session(await branch(self, ctx, before, model_mark), History())
 
         return replace(ctx, forker=fork)
 
@@ -497,7 +387,7 @@ class Core(Generic[DepsT]):
         self, plan: StepPlan, work: Work, attempt: int, settled: StepTrace | None = None
     ) -> StepResult[Any]:
         """One turn: see :meth:`TurnTaker.take`."""
-        self._say_format(plan)
+        say_format(self.conversation, plan)
         return await self._taker().take(
             self.conversation,
             plan,
@@ -506,11 +396,3 @@ class Core(Generic[DepsT]):
             attempt=attempt,
             settled=settled,
         )
-
-    def _say_format(self, plan: StepPlan) -> None:
-        """What a PromptedOutput has to say, once a conversation."""
-        prompt = plan.output.prompt
-        if prompt is None or plan.needs_call or prompt in self.conversation.told:
-            return
-        self.conversation.told |= {prompt}
-        self.conversation.ask(UserPromptPart(content=prompt))

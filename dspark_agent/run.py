@@ -8,8 +8,11 @@ from typing import Any, Generic
 
 from typing_extensions import TypeVar
 
+from dspark_agent.account import Work
+from dspark_agent.asking import ask
+from dspark_agent.branching import take_over
 from dspark_agent.context import DepsT
-from dspark_agent.core import Core, Work
+from dspark_agent.core import Core
 from dspark_agent.deferred import DeferredToolRequests, DeferredToolResults
 from dspark_agent.delegation import Handoff
 from dspark_agent.errors import UserError
@@ -193,7 +196,7 @@ class AgentRun(Generic[DepsT, OutT_co]):
 
             async def turns() -> StepResult[Any]:
                 if not self._asked:
-                    await core.ask(self._prompt, work)
+                    await ask(core, self._prompt, work)
                 return await core.take(plan, work, self._attempt, settled)
 
             result = await core.committed(work, turns)
@@ -249,7 +252,7 @@ class AgentRun(Generic[DepsT, OutT_co]):
             )
         after = self._successor(handoff)
         try:
-            await after.take_over(before, self._work, self._output_type)
+            await take_over(after, before, self._work, self._output_type)
         except BaseException:
             await after.close()
             raise
