@@ -50,6 +50,7 @@ class Handoff(Tool[DepsT]):
             transfer,
             name=name or f"transfer_to_{agent.name}",
             description=description or f"Let the agent {agent.name!r} take over.",
+            idempotent=True,
         )
         self.agent = agent
 

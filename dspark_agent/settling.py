@@ -71,7 +71,11 @@ async def settle(
         ledger=None if taker.record is None else taker.record.calls_of(step - 1, approved=True),
         watch=partial(taker.watch.tool, trace),
     )
-    parts: list[ToolPart] = [v for v in verdicts if not isinstance(v, Approved)]
+    parts: list[ToolPart] = []
+    for place, given in enumerate(verdicts):
+        if not isinstance(given, Approved):
+            parts.append(given)
+            await relay.send(ToolResult(step, place, given, 0.0))
     for place, outcome in zip(places, outcomes, strict=True):
         assert not isinstance(outcome, AwaitsApproval)
         parts.append(outcome.model_copy(update={"note": approved[place].note}))
