@@ -1,4 +1,4 @@
-"""Links that lead out of docs/ (to tests, to the README) as plain text: the pages go without them."""
+"""Links that lead out of docs/ (to tests, to the README) as plain text."""
 
 from __future__ import annotations
 
