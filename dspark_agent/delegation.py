@@ -9,11 +9,13 @@ import anyio
 from pydantic import Field
 
 from dspark_agent.context import DepsT, RunContext
+from dspark_agent.deferred import DeferredToolRequests
 from dspark_agent.errors import (
     DeadlineExceeded,
     ToolFailed,
     UnexpectedModelBehavior,
     UsageLimitExceeded,
+    UserError,
 )
 from dspark_agent.tools import Tool
 
@@ -81,6 +83,11 @@ def agent_as_tool(agent: Agent[Any, Any], description: str, options: DelegateOpt
             if anyio.current_time() >= ctx.deadline:
                 raise
             raise ToolFailed(f"{agent.name} came to no answer: {error}") from error
+        if isinstance(result.output, DeferredToolRequests):
+            raise UserError(
+                f"agent {agent.name!r} waits for an approval, which a tool cannot do: ask for "
+                "the approval of its call, as in agent.as_tool(...).with_approval(True)"
+            )
         return result.output
 
     given: DelegateOptions = {"name": agent.name, **options}

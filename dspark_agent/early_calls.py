@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from contextvars import copy_context
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +40,8 @@ class EarlyCalls:
     """The calls of one turn that were started as soon as the model had written them.
 
     These are the turn's first calls, up to one that has to have the stage for itself
-    (``sequential``) or that is none of the runner's: such a call and all after it wait for the end
-    of the turn. Made by :func:`early_calls`.
+    (``sequential``), that may need approval, or that is none of the runner's: such a call and all
+    after it wait for the end of the turn. Made by :func:`early_calls`.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class EarlyCalls:
         self._started: dict[int, _Started] = {}
         self._held = False
         self._written = anyio.Event()
+        self._context = copy_context()  # a call is part of the step, not of the model's turn
 
     def written(self) -> None:
         """The model has ended its turn: its session can be forked again."""
@@ -82,7 +84,7 @@ class EarlyCalls:
         if not self._held:
             started = self._started[event.index] = _Started(event.call)
             so_far = ModelResponse(parts=self._said.parts())
-            self._group.start_soon(self._guarded, self._run_one, started, so_far)
+            self._context.run(self._group.start_soon, self._guarded, self._run_one, started, so_far)
 
     async def result(self, index: int, call: ToolCallPart) -> tuple[CallOutcome, float] | None:
         """The result of the turn's ``index``-th call and the seconds it took; None where it was

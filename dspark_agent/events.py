@@ -59,8 +59,9 @@ class ToolCallDelta:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallEnd:
-    """A call is complete; it runs from now on (one of a ``sequential`` tool, and those after it,
-    once the model's turn is over)."""
+    """A call is complete; it runs from now on, or once the model's turn is over: one of a
+    ``sequential`` tool or of one that may need approval and those after it, and all of a run with
+    hooks or a journal."""
 
     step: int
     index: int

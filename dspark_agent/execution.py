@@ -113,9 +113,14 @@ class ToolRunner(Generic[DepsT]):
         return ordered
 
     def may_start_early(self, call: ToolCallPart) -> bool:
-        """Whether ``call`` may run before the turn that made it is over."""
+        """Whether ``call`` may run before the turn that made it is over.
+
+        Not where a hook sees the whole turn first, nor where it may have to wait for approval.
+        """
         tool = self.tools.get(call.tool_name)
-        return tool is not None and not tool.sequential
+        if tool is None or self.hooks:
+            return False
+        return not tool.sequential and tool.requires_approval is False
 
     def _batches(self, calls: Sequence[ToolCallPart]) -> Iterator[list[int]]:
         batch: list[int] = []

@@ -30,8 +30,7 @@ class Hooks(Generic[DepsT_contra]):
         """
 
     async def after_model(self, ctx: RunContext[DepsT_contra], response: ModelResponse) -> None:
-        """After the model has written, before its calls are run or its output is checked. Where a
-        hook overrides this, no call starts before the turn is over."""
+        """After the model has written, before its calls are run or its output is checked."""
 
     async def before_tool(
         self, ctx: RunContext[DepsT_contra], call: ToolCallPart
@@ -47,11 +46,6 @@ class Hooks(Generic[DepsT_contra]):
     ) -> ToolReturnPart | RetryPromptPart | None:
         """After a call was run or refused. Gives the result that the model reads instead; None
         leaves it."""
-
-
-def watch_responses(hooks: Sequence[Hooks[Any]]) -> bool:
-    """Whether one of the hooks wants to see what the model wrote before its calls are run."""
-    return any(type(hook).after_model is not Hooks.after_model for hook in hooks)
 
 
 async def before_model(

@@ -181,16 +181,16 @@ class TurnTaker(Generic[DepsT]):
         budgets: Sequence[Budget],
         trace: StepTrace,
     ) -> AbstractAsyncContextManager[EarlyCalls]:
-        """Calls start while the turn is written, unless something has to come between: their limit,
-        which is known to be kept when all are; a hook; the journal, which has the turn first."""
-        free = self.record is None and not hooks.watch_responses(self.hooks)
+        """Calls start while the turn is written, but for those of a run that is recorded, which the
+        journal sees first, and those whose number is limited: they start when it is known that all
+        of them may."""
         return early_calls(
             self.runner,
             offered={tool.name: tool for tool in turn.tools},
             ctx=replace(ctx, messages=tuple(conversation.messages)),
             count=conversation.retries,
             watch=partial(self.watch.tool, trace),
-            allowed=free and not budget.limits_tool_calls(budgets),
+            allowed=self.record is None and not budget.limits_tool_calls(budgets),
         )
 
     async def _written(

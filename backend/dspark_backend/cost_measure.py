@@ -6,6 +6,7 @@ of its own, and two teams on the same cores ruin every pass (see ``Engine.load``
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from dspark_backend.speculation.cost_store import keep, read_kept
 from dspark_backend.speculation.cost_table import Conditions, CostTable
 from dspark_backend.speculation.protocol import Drafter
 from dspark_backend.target.decoder import Decoder
+
+_log = logging.getLogger(__name__)
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 ANCHORS = (1, 2, 4, 8, 16)
@@ -40,10 +43,15 @@ Clock = Callable[[], float]
 def kept_or_measured(
     decoder: Decoder, drafter: Drafter | None, conditions: Conditions
 ) -> CostModel:
-    """The cost model for ``conditions``, measured and kept now if there is none yet."""
+    """The cost model for ``conditions``, measured now if there is none yet, and kept unless
+    something else ran meanwhile."""
     table = read_kept(conditions)
     if table is None:
         table = measure(decoder, drafter, conditions.threads, conditions=conditions)
+        if table.disturbed:
+            # Good enough to begin with, and corrected by every cycle; the next load measures again.
+            _log.warning("something else ran while the cost of a cycle was measured: not kept")
+            return CostModel(table.undisturbed())
         keep(table)
     return CostModel(table)
 

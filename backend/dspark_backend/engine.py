@@ -38,7 +38,7 @@ from dspark_backend.session import Session
 from dspark_backend.speculation.arbiter import Arbiter
 from dspark_backend.speculation.candidate import BudgetPolicy
 from dspark_backend.speculation.cost import CostModel
-from dspark_backend.speculation.cost_store import check_conditions, conditions_here, keep
+from dspark_backend.speculation.cost_store import check_conditions, conditions_here, forget
 from dspark_backend.speculation.policies import Fixed, named
 from dspark_backend.speculation.protocol import Drafter
 from dspark_backend.speculation.signals import Signals
@@ -262,7 +262,7 @@ class Engine:
                 session.close()
             self._pool.clear()
         if self.cost is not None and self.cost.table.conditions is not None and self.cost.drifted:
-            keep(self.cost.current())
+            forget(self.cost.table.conditions)
 
     def __enter__(self) -> Engine:
         return self

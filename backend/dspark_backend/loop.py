@@ -33,6 +33,9 @@ from dspark_backend.waiting import WaitingLine
 
 _log = logging.getLogger(__name__)
 
+# Computed tokens whose features wait for the drafter at most: bounds what a step holds.
+_UNREAD = 128
+
 
 class StepLoop:
     """Takes the steps of many sessions together, one pass of the target at a time.
@@ -132,7 +135,7 @@ class StepLoop:
             self._guarded(step, partial(self._verify, step, rows, logits, seconds))
             if rows.kv.draft is not None and not step.session.closed:
                 features = result.features[row : row + rows.kv.length - before]
-                self._guarded(step, partial(self._extend, step, rows.kv.draft, features))
+                self._guarded(step, partial(self._remember, step, features))
             row += len(rows.tokens)
             wanted += rows.logits
         self._sweep()
@@ -142,6 +145,7 @@ class StepLoop:
         for step, _ in chosen:
             if not step.finished:
                 step.fail(error)
+            self._end_context(step)
         self._sweep()
 
     def _drop_cancelled(self) -> None:
@@ -160,6 +164,8 @@ class StepLoop:
             if step is None or not self._admission.make_room(step, live):
                 return
             self.waiting.take()
+            for other in self.running:  # their beginnings may be copied
+                self._guarded(other, partial(self._catch_up, other))
             self._guarded(step, partial(self._start, step))
             if not step.finished:
                 self.running.append(step)
@@ -215,6 +221,7 @@ class StepLoop:
         chosen = [able[place] for place in self._arbiter.to_draft(deciding, known, others)]
         started = time.perf_counter()
         for i in chosen:
+            self._guarded(steps[i], partial(self._catch_up, steps[i]))
             self._guarded(steps[i], partial(self._room_to_draft, steps[i], size))
         chosen = [i for i in chosen if not steps[i].finished]
         anchors = [steps[i].anchor(_context(steps[i]), guided=signals.guided) for i in chosen]
@@ -291,13 +298,22 @@ class StepLoop:
         context = _context(step)
         self._pool.reserve(context, context.length + positions)
 
-    def _extend(
-        self, step: RunningStep, context: SequenceKV, features: NDArray[np.float32]
-    ) -> None:
+    def _remember(self, step: RunningStep, features: NDArray[np.float32]) -> None:
+        """What the drafter will read of the tokens that were just computed: when it drafts next, or
+        when others may look at its context. Many tokens at once cost it little more than one."""
+        step.unread.append(features.copy())
+        if step.finished or sum(map(len, step.unread)) >= _UNREAD:
+            self._catch_up(step)
+
+    def _catch_up(self, step: RunningStep) -> None:
+        """Bring the drafter's context to where the target's is."""
+        if not step.unread:
+            return
+        features, step.unread = step.unread, []
         assert self._drafter is not None
         started = time.perf_counter()
         with jit.threads(self._threads):
-            self._drafter.extend(context, features)
+            self._drafter.extend(_context(step), np.concatenate(features))
         if not step.finished:
             step.metrics.draft_s += time.perf_counter() - started
 
@@ -308,8 +324,17 @@ class StepLoop:
         except Exception as error:
             if not step.finished:
                 step.fail(error)
+        if step.finished and step.unread:
+            self._end_context(step)
         if step.finished and step.session.closed and step.session.running is None:
             self._retire(step.session)
+
+    def _end_context(self, step: RunningStep) -> None:
+        """A step is over: its session may be forked, rolled back or copied from."""
+        try:
+            self._catch_up(step)
+        except Exception:
+            _log.exception("the drafter could not read the end of a step: its context stays behind")
 
     def _sweep(self) -> None:
         self.running = [step for step in self.running if not step.finished]

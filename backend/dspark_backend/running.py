@@ -18,7 +18,9 @@ from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dspark_backend.events import Failed, Finished, Prefilled, StepEvent, Tokens
 from dspark_backend.metrics import EngineMetrics
@@ -67,6 +69,8 @@ class RunningStep:
         """Of the cycle under way, where the request asks to explain; what it brought is added."""
         self._accounts: list[CycleAccount] = []
         self.finished = False
+        self.unread: list[NDArray[np.float32]] = []
+        """Features of computed tokens that the drafter has not read yet, in order."""
         self.weight = 1.0
         """What a token of this step is worth beside one of another."""
         self.events: queue.SimpleQueue[StepEvent] = queue.SimpleQueue()

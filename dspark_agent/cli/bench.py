@@ -224,22 +224,6 @@ def cost(
 
 
 @app.command()
-def overhead(
-    json_file: Json,
-    steps: Annotated[int, typer.Option(min=10, help="Steps of a conversation.")] = 200,
-    rounds: Annotated[int, typer.Option(min=1, help="Conversations of each kind of step.")] = 5,
-) -> None:
-    """What the SDK itself adds to a step, with a model that answers at once."""
-    from dspark_agent.cli.overhead import OverheadSettings, overhead_table, run_overhead
-
-    check_writable(json_file)
-    with _counter("conversations") as counted:
-        report = run_overhead(OverheadSettings(steps=steps, rounds=rounds), on_step=counted)
-    out().print(overhead_table(report))
-    _write(report, json_file)
-
-
-@app.command()
 def simulate(
     json_file: Json,
     curve: Annotated[
@@ -277,6 +261,22 @@ def simulate(
     with _counter("replays") as counted:
         report = run_simulate(settings, on_replay=counted)
     out().print(simulate_table(report))
+    _write(report, json_file)
+
+
+@app.command()
+def overhead(
+    json_file: Json,
+    steps: Annotated[int, typer.Option(min=10, help="Steps of a conversation.")] = 200,
+    rounds: Annotated[int, typer.Option(min=1, help="Conversations of each kind of step.")] = 5,
+) -> None:
+    """What the SDK itself adds to a step, with a model that answers at once."""
+    from dspark_agent.cli.overhead import OverheadSettings, overhead_table, run_overhead
+
+    check_writable(json_file)
+    with _counter("conversations") as counted:
+        report = run_overhead(OverheadSettings(steps=steps, rounds=rounds), on_step=counted)
+    out().print(overhead_table(report))
     _write(report, json_file)
 
 

@@ -178,9 +178,9 @@ class _DSparkSession(ModelSession):
         self._model_name = model_name
         self._tools = tuple(tools)
         self._session = session
+        self._ahead = Ahead(engine, session)
         self._outlined: frozenset[str] = frozenset()
         self._restored = ""
-        self._ahead = Ahead(engine, session)
 
     @property
     def token_log(self) -> tuple[int, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 from opentelemetry import metrics, trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
@@ -48,7 +47,6 @@ class Telemetry:
         self._tracer = trace.get_tracer(SCOPE, tracer_provider=tracer_provider)
         self._instruments = Instruments(metrics.get_meter(SCOPE, meter_provider=meter_provider))
         self._content = content
-        self._step_span: ContextVar[Span | None] = ContextVar("dspark_agent_step", default=None)
 
     @contextmanager
     def run(self, run: RunTrace) -> Iterator[None]:
@@ -72,7 +70,7 @@ class Telemetry:
             "dspark.step.kind": step.kind.value,
             "dspark.step.attempt": step.attempt,
         }
-        with self._span(f"step {step.index + 1}", attributes) as span, self._around_tools(span):
+        with self._span(f"step {step.index + 1}", attributes) as span:
             yield
             span.set_attribute("dspark.step.replayed", step.is_replayed)
             span.set_attribute("dspark.step.refused", step.retry_reason is not None)
@@ -116,7 +114,7 @@ class Telemetry:
             "gen_ai.tool.type": "function",
             "gen_ai.tool.call.id": tool.call.tool_call_id,
         }
-        with self._span(f"execute_tool {name}", attributes, around=self._step_span.get()) as span:
+        with self._span(f"execute_tool {name}", attributes) as span:
             if self._content:
                 span.set_attribute("gen_ai.tool.call.arguments", tool.call.args_json())
             yield
@@ -134,25 +132,14 @@ class Telemetry:
                 span.set_attribute("gen_ai.tool.call.result", tool.part.model_text())
 
     @contextmanager
-    def _around_tools(self, step: Span) -> Iterator[None]:
-        """Tools may start while the model's turn goes on, and belong to the step all the same."""
-        token = self._step_span.set(step)
-        try:
-            yield
-        finally:
-            self._step_span.reset(token)
-
-    @contextmanager
     def _span(
         self,
         name: str,
         attributes: Mapping[str, AttributeValue],
         kind: SpanKind = SpanKind.INTERNAL,
-        around: Span | None = None,
     ) -> Iterator[Span]:
         with self._tracer.start_as_current_span(
             name,
-            context=None if around is None else trace.set_span_in_context(around),
             kind=kind,
             attributes=attributes,
             # An error's message may quote what was said.

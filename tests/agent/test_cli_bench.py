@@ -70,24 +70,6 @@ def test_cost_writes_json_a_table_and_a_plot(
     assert (width, height) == (640, 480)
 
 
-def test_overhead_writes_json_and_a_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    report = tmp_path / "overhead.json"
-    arguments = ["--steps", "20", "--rounds", "2", "--json", str(report)]
-    assert main(["bench", "overhead", *arguments]) == 0
-    document = json.loads(report.read_text())
-    assert document["settings"] == {"steps": 20, "rounds": 2}
-    assert set(document["kinds"]) == {"text", "typed", "tool", "thread_tool", "events"}
-    for kind in document["kinds"].values():
-        assert kind["count"] == 40
-        assert 0 < kind["median_s"] <= kind["p95_s"]
-        assert kind["growth"] == pytest.approx(kind["last_s"] / kind["first_s"])
-    shown = capsys.readouterr()
-    assert "growth" in shown.out
-    assert "thread_tool" in shown.out
-
-
 def test_simulate_writes_json_and_a_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,18 +113,35 @@ def test_a_mistake_in_a_simulation_is_one_line(
     assert not report.exists()
 
 
+def test_overhead_writes_json_and_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "overhead.json"
+    arguments = ["--steps", "20", "--rounds", "2", "--json", str(report)]
+    assert main(["bench", "overhead", *arguments]) == 0
+    document = json.loads(report.read_text())
+    assert document["settings"] == {"steps": 20, "rounds": 2}
+    assert set(document["kinds"]) == {"text", "typed", "tool", "thread_tool", "events"}
+    for kind in document["kinds"].values():
+        assert kind["count"] == 40
+        assert 0 < kind["median_s"] <= kind["p95_s"]
+        assert kind["growth"] == pytest.approx(kind["last_s"] / kind["first_s"])
+    shown = capsys.readouterr()
+    assert "growth" in shown.out
+    assert "thread_tool" in shown.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         (["decode", "--prompts", "no-such-set"], "no-such-set: no such file"),
-        (["decode", "--speculation", "on"], "no drafter ships"),
         (["decode", "--drafter", "."], "only with speculation on"),
         (["steps", "--trace", "no-such-trace"], "none ships by that name (coding"),
         (["quality", "--text", "no-such-text"], "no-such-text"),
         (["quality", "--precision", "int3"], "int3"),
         (["cost", "--precision", "int3"], "int3"),
     ],
-    ids=["prompts", "speculation", "drafter", "trace", "text", "precision", "cost"],
+    ids=["prompts", "drafter", "trace", "text", "precision", "cost"],
 )
 def test_a_mistake_is_one_line_and_leaves_no_report(
     arguments: list[str],

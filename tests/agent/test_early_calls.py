@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -11,7 +14,10 @@ import pytest
 
 from dspark_agent import (
     Agent,
+    ApprovalRequired,
     DeadlineExceeded,
+    DeferredToolRequests,
+    Hooks,
     Model,
     ModelError,
     ModelRequest,
@@ -20,6 +26,8 @@ from dspark_agent import (
     RetryPromptPart,
     RunCancelled,
     RunContext,
+    SqliteJournal,
+    TextPart,
     Tool,
     ToolCallEnd,
     ToolCallPart,
@@ -35,10 +43,13 @@ from dspark_agent.models.base import (
     TextChunk,
     TranscriptSession,
 )
+from dspark_agent.trace import StepTrace, ToolTrace
 
 pytestmark = pytest.mark.anyio
 
 Stage = ToolCallPart | Callable[[], Awaitable[object]]
+
+PAUSING: Any = str | DeferredToolRequests
 
 
 class Staged(Model):
@@ -69,7 +80,7 @@ class _StagedSession(TranscriptSession):
     ) -> ModelResponse:
         if any(isinstance(message, ModelResponse) for message in messages):
             await emit(TextChunk("done"))
-            return ModelResponse(parts=())
+            return ModelResponse(parts=(TextPart(content="done"),))
         calls: list[ToolCallPart] = []
         try:
             for stage in self.model.stages:
@@ -180,6 +191,118 @@ async def test_where_calls_are_limited_none_starts_before_it_is_known_that_all_m
     model = Staged(call("note"), written)
     await step(model, note, limits=UsageLimits(tool_calls_limit=3))
     assert log == ["written", "ran"]
+
+
+@pytest.mark.parametrize("why", ["hooks", "journal", "approval"])
+async def test_where_somebody_looks_first_no_call_starts_early(why: str, tmp_path: Path) -> None:
+    log: list[str] = []
+
+    async def note() -> None:
+        """Note."""
+        log.append("ran")
+
+    async def written() -> None:
+        await anyio.sleep(0.02)
+        log.append("written")
+
+    tool = Tool(note, requires_approval=(lambda ctx, args: False) if why == "approval" else False)
+    agent = Agent(
+        Staged(call("note"), written),
+        tools=[tool],
+        hooks=[Hooks()] if why == "hooks" else (),
+        output_type=PAUSING,
+    )
+    with anyio.fail_after(5):
+        if why == "journal":
+            await agent.run("Go", journal=SqliteJournal(tmp_path / "runs.sqlite"), run_id="r")
+        else:
+            await agent.run("Go")
+    assert log == ["written", "ran"]
+
+
+async def test_observers_see_an_early_call_beside_the_turn_and_not_inside_it() -> None:
+    ran = anyio.Event()
+    place: ContextVar[str] = ContextVar("place", default="outside")
+    seen: list[str] = []
+
+    class Look:
+        @contextmanager
+        def step(self, step: StepTrace) -> Iterator[None]:
+            token = place.set("step")
+            yield
+            place.reset(token)
+
+        @contextmanager
+        def turn(self, *args: object) -> Iterator[None]:
+            token = place.set("turn")
+            yield
+            place.reset(token)
+
+        @contextmanager
+        def run(self, run: object) -> Iterator[None]:
+            yield
+
+        @contextmanager
+        def tool(self, tool: ToolTrace) -> Iterator[None]:
+            seen.append(place.get())
+            yield
+            assert tool.part is not None
+            seen.append(str(tool.part.content))
+
+    async def note() -> str:
+        """Note."""
+        ran.set()
+        return "noted"
+
+    agent = Agent(Staged(call("note"), ran.wait), tools=[note])
+    agent.instrument(Look())
+    async with agent.session() as session:
+        with anyio.fail_after(5):
+            result = await session.step("Go", tool_choice="required")
+    assert seen == ["step", "noted"]
+    assert result.trace is not None
+    assert [tool.part for tool in result.trace.tools] == list(result.tool_results)
+
+
+async def test_a_fork_in_an_early_call_waits_until_the_turn_is_written() -> None:
+    log: list[str] = []
+    asked = anyio.Event()
+
+    async def aside(ctx: RunContext[Any]) -> str:
+        """Think aside."""
+        asked.set()
+        async with await ctx.fork() as fork:
+            log.append("forked")
+            return f"{len(fork.messages)} messages"
+
+    async def written() -> None:
+        await asked.wait()
+        await anyio.sleep(0.02)
+        log.append("written")
+
+    result = await step(Staged(call("aside"), written), aside)
+    assert log == ["written", "forked"]
+    assert result.tool_result == "1 messages"
+
+
+async def test_a_call_that_asks_for_approval_while_it_runs_early_pauses_the_run() -> None:
+    async def drop() -> None:
+        """Drop."""
+        raise ApprovalRequired
+
+    async def note() -> str:
+        """Note."""
+        return "noted"
+
+    agent = Agent(
+        Staged(call("drop"), lambda: anyio.sleep(0.01), call("note")),
+        tools=[drop, note],
+        output_type=PAUSING,
+    )
+    with anyio.fail_after(5):
+        result = await agent.run("Go")
+    assert isinstance(result.output, DeferredToolRequests)
+    assert result.usage.tool_calls == 1
 
 
 async def test_a_tool_sees_what_the_model_has_said_so_far() -> None:

@@ -13,11 +13,13 @@ from rich.console import Console
 
 from dspark_backend.bench.decode import DecodeReport, DecodeSettings, run_decode
 from dspark_backend.bench.errors import BenchError
+from dspark_backend.bench.explain import explain_table
 from dspark_backend.bench.lineup import Terms
 from dspark_backend.bench.quality import QualitySettings, run_quality
 from dspark_backend.bench.steps import StepsSettings, run_steps
 from dspark_backend.bench.steps_report import StepsReport
 from dspark_backend.bench.table import decode_table, quality_table, steps_table
+from dspark_backend.catalog import resolve
 
 Checkpoint = Callable[..., Path]
 
@@ -238,3 +240,22 @@ def test_the_llama_cpp_peer_needs_a_gguf_file(tiny_checkpoint: Checkpoint, tmp_p
     )
     with pytest.raises(BenchError, match=r"llama-cpp: .* needs a GGUF file"):
         run_decode(settings)
+
+
+def test_explained_steps_account_for_every_cycle(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text(f"{json.dumps(TRACE)}\n")
+    model = str(tiny_checkpoint("qwen2", max_position_embeddings=2048))
+    terms = Terms(threads=1, speculation=True, policy="fixed-2", peers=("plain",))
+    report = run_steps(StepsSettings(model=model, trace=trace, explain=True, terms=terms))
+    (run,), (plain,) = report.runs, report.peers["plain"].runs
+    assert [step.token_ids for step in run.steps] == [step.token_ids for step in plain.steps]
+    for step in run.steps:
+        assert len(step.cycles) == step.metrics.cycles
+    table = explain_table(report, resolve(model).tokenizer())
+    assert table.row_count == max(len(step.cycles) for step in run.steps) > 0
+    bare = report.model_copy(update={"runs": ()})
+    with pytest.raises(ValueError, match="explain"):
+        explain_table(bare, resolve(model).tokenizer())

@@ -255,6 +255,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return measure(decoder, drafter, threads, **(rest | {"budget_s": 0.0}))
 
     monkeypatch.setattr(cost_measure, "measure", measuring)
+    # Passes of tiny models take so little that the machine's noise is most of it.
+    monkeypatch.setattr(CostTable, "disturbed", property(lambda table: False))
     return taken
 
 
@@ -331,7 +333,7 @@ def test_a_given_cost_is_used_unless_it_is_another_machines(
     assert taken == []
 
 
-def test_a_lasting_drift_is_kept_when_the_engine_closes(
+def test_a_table_that_drifted_for_long_is_dropped_when_the_engine_closes(
     drafted: Drafted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted(monkeypatch)
@@ -343,6 +345,4 @@ def test_a_lasting_drift_is_kept_when_the_engine_closes(
         for _ in range(200):
             cost.observe(1, 1, 256, 0, wanted, 0.0)
     assert first.conditions is not None
-    kept = read_kept(first.conditions)
-    assert kept is not None
-    assert kept.verify_s[0] == pytest.approx(3 * first.verify_s[0], rel=0.02)
+    assert read_kept(first.conditions) is None

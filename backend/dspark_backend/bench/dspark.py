@@ -22,7 +22,8 @@ class DSparkContender:
             precision=spec.precision,
             threads=spec.threads,
             max_context=spec.max_context,
-            speculation=spec.speculation,
+            # On: with what there is to speculate with; copies need no drafter.
+            speculation=None if spec.speculation else False,
             drafter=spec.drafter,
             policy=spec.policy,
             signals=None if spec.copies else Signals.drafts_alone(),

@@ -98,21 +98,14 @@ class CostModel:
 
     @property
     def drifted(self) -> bool:
-        """Whether cycles have contradicted the table for so long that :meth:`current` should take
-        its place."""
+        """Whether cycles have contradicted the table for so long that it should be measured
+        again."""
         places = [((index, 1.0),) for index in range(len(self.table.rows))]
         drift = self._verify_drift
         return any(
             drift.seen(index) >= _SURE and abs(math.log(drift.factor(place))) > _STALE
             for index, place in enumerate(places)
         )
-
-    def current(self) -> CostTable:
-        """The table as the observed cycles have corrected it."""
-        points = range(len(self.table.rows))
-        factors = tuple(self._verify_drift.factor(((index, 1.0),)) for index in points)
-        common = self._verify_drift.factor(())
-        return self.table.scaled(factors, common, self._draft_drift.factor(_ONLY))
 
     def _expected(self, rows: int, requests: int, context: int) -> float:
         table = self.table

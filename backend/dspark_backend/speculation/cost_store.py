@@ -91,6 +91,15 @@ def keep(table: CostTable) -> None:
         _log.warning("the cost table cannot be kept, the next load measures again: %s", error)
 
 
+def forget(conditions: Conditions) -> None:
+    """Drop the table kept for ``conditions``: cycles have contradicted it for long, and the next
+    load measures again. A failure is logged, not raised."""
+    try:
+        cost_file(conditions).unlink(missing_ok=True)
+    except OSError as error:
+        _log.warning("a cost table that is out of date cannot be removed: %s", error)
+
+
 def check_conditions(table: CostTable, conditions: Conditions) -> None:
     """Raises RequestError for a table that was measured under other conditions; one without any is
     taken at its word."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import Annotated, Final, Literal, Self
 
@@ -79,17 +78,25 @@ class CostTable(BaseModel):
                 raise ValueError(f"the counts of {name} do not ascend: {counts}")
         return self
 
-    def scaled(self, verify: tuple[float, ...], slopes: float, draft: float) -> CostTable:
-        """This table with ``verify_s[i]`` times ``verify[i]``, the slopes times ``slopes``, and
-        ``draft_s`` times ``draft``: what it would show if it were measured now."""
-        if len(verify) != len(self.rows) or not all(map(math.isfinite, (*verify, slopes, draft))):
-            raise ValueError(f"{len(verify)} factors for {len(self.rows)} rows, all finite")
-        return self.model_copy(
-            update={
-                "verify_s": tuple(s * f for s, f in zip(self.verify_s, verify, strict=True)),
-                "request_s": self.request_s * slopes,
-                "position_s": self.position_s * slopes,
-                "pair_s": self.pair_s * slopes,
-                "draft_s": tuple(s * draft for s in self.draft_s),
-            }
+    @property
+    def disturbed(self) -> bool:
+        """Whether something else ran meanwhile: real curves are jagged, but none says that a pass
+        of more rows is shorter by a third."""
+        return any(
+            later < 0.67 * earlier
+            for times in (self.verify_s, self.draft_s)
+            for index, earlier in enumerate(times)
+            for later in times[index + 1 :]
         )
+
+    def undisturbed(self) -> CostTable:
+        """The same table, where no pass takes longer than one of more rows. Whatever disturbs a
+        measurement makes it longer, so the shorter of the two is the one to believe."""
+        return self.model_copy(
+            update={"verify_s": _least(self.verify_s), "draft_s": _least(self.draft_s)}
+        )
+
+
+def _least(times: tuple[float, ...]) -> tuple[float, ...]:
+    """For each time the least of it and all later ones."""
+    return tuple(min(times[index:]) for index in range(len(times)))

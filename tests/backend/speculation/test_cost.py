@@ -210,14 +210,18 @@ def test_the_error_is_of_predictions_made_before_the_pass() -> None:
     assert model.median_error == pytest.approx(0.5)
 
 
-def test_the_corrected_table_predicts_what_the_model_does() -> None:
-    model = CostModel(table(request_s=1e-3, position_s=1e-6, pair_s=1e-6))
-    cycles(model, 300, 1.7, 1.4)
-    again = CostModel(model.current())
-    for rows in ROWS:
-        assert again.verify_s(rows, 1, 100) == pytest.approx(model.verify_s(rows, 1, 100))
-    assert again.draft_s(3) == pytest.approx(model.draft_s(3))
-    assert again.verify_s(8, 4, 4000) == pytest.approx(model.verify_s(8, 4, 4000), rel=0.05)
+def test_a_disturbed_measurement_is_seen_and_its_spikes_are_left_out() -> None:
+    calm = table(verify_s=tuple(sorted(SECONDS)))
+    assert not calm.disturbed
+    assert calm.undisturbed() == calm
+    times = list(calm.verify_s)
+    times[1] *= 5
+    spiky = calm.model_copy(update={"verify_s": tuple(times)})
+    assert spiky.disturbed
+    mended = spiky.undisturbed()
+    assert not mended.disturbed
+    assert mended.verify_s[1] == calm.verify_s[2]
+    assert mended.verify_s[2:] == calm.verify_s[2:]
 
 
 def test_only_a_lasting_change_makes_the_table_stale() -> None:
