@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from types import NoneType
 from typing import (
     TYPE_CHECKING,
     Any,
-    Concatenate,
     Generic,
     ParamSpec,
     Self,
@@ -22,11 +21,11 @@ import anyio
 from typing_extensions import TypeVar as DefaultTypeVar
 from typing_extensions import Unpack
 
-from dspark_agent.agent_options import AgentOptions
 from dspark_agent.compaction import Compaction
 from dspark_agent.context import DepsT, RunContext
 from dspark_agent.core import Core
 from dspark_agent.declaration import Declaration
+from dspark_agent.declaring import AgentOptions, Declaring
 from dspark_agent.delegation import DelegateOptions, Handoff, agent_as_tool
 from dspark_agent.errors import UserError
 from dspark_agent.history import History
@@ -37,7 +36,6 @@ from dspark_agent.limits import UsageLimits
 from dspark_agent.messages import ModelRequest, ModelResponse
 from dspark_agent.models import infer_model
 from dspark_agent.models.base import Model
-from dspark_agent.observer import Observer
 from dspark_agent.output import Output
 from dspark_agent.outputs import OutputForm
 from dspark_agent.relay import EventHandler
@@ -48,7 +46,7 @@ from dspark_agent.settings import ModelSettings
 from dspark_agent.step import UNSET
 from dspark_agent.stream import EventStream, streamed
 from dspark_agent.tools import Tool
-from dspark_agent.toolset import ContextToolDecorator, FunctionToolset, ToolDecorator, ToolOptions
+from dspark_agent.toolset import FunctionToolset
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
@@ -60,7 +58,7 @@ R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Agent(Generic[DepsT, OutT]):
+class Agent(Declaring[DepsT], Generic[DepsT, OutT]):
     """Declares what a model may do and must answer; runs it, or opens sessions of typed steps.
 
     Args:
@@ -141,7 +139,7 @@ class Agent(Generic[DepsT, OutT]):
     ) -> None:
         self.model: Model = infer_model(model)
         self.name = name or "agent"
-        self._declaration: Declaration[DepsT] = Declaration(
+        self._declaration = Declaration(
             name=self.name,
             output=Output(output_type),
             deps_type=deps_type,
@@ -158,63 +156,6 @@ class Agent(Generic[DepsT, OutT]):
         )
         # Finds two tools of one name here, not in the first run.
         self._declaration.check_names(self._declaration.output)
-
-    # -- declaring -----------------------------------------------------------------------------
-
-    @overload
-    def tool(
-        self, function: Callable[Concatenate[RunContext[DepsT], P], R], /
-    ) -> Callable[Concatenate[RunContext[DepsT], P], R]: ...
-    @overload
-    def tool(self, /, **options: Unpack[ToolOptions]) -> ContextToolDecorator[DepsT]: ...
-    def tool(self, function: Any = None, /, **options: Unpack[ToolOptions]) -> Any:
-        """Decorator: a function that takes the :class:`RunContext` first, as a tool."""
-        return self._declaration.own_tools.decorator(function, options, takes_ctx=True)
-
-    @overload
-    def tool_plain(self, function: Callable[P, R], /) -> Callable[P, R]: ...
-    @overload
-    def tool_plain(self, /, **options: Unpack[ToolOptions]) -> ToolDecorator: ...
-    def tool_plain(self, function: Any = None, /, **options: Unpack[ToolOptions]) -> Any:
-        """Decorator: a function that does not take the context, as a tool."""
-        return self._declaration.own_tools.decorator(function, options, takes_ctx=False)
-
-    def instructions(self, function: F, /) -> F:
-        """Decorator: a function, ``()`` or ``(ctx)``, sync or async, whose text is added to the
-        instructions when a conversation begins."""
-        self._declaration.instructions.append(function)
-        return function
-
-    def output_validator(self, function: F, /) -> F:
-        """Decorator: a function, ``(output)`` or ``(ctx, output)``, sync or async, that gives back
-        the output (changed or not) or raises :class:`ModelRetry` with what is wrong with it."""
-        self._declaration.validators.append(function)
-        return function
-
-    def input_guard(self, function: F, /) -> F:
-        """Decorator: a function, ``(prompt)`` or ``(ctx, prompt)``, sync or async, that sees every
-        prompt before the model does. None lets it pass; a text says why not, and stops the run
-        with :class:`GuardrailTripped`."""
-        self._declaration.input_guards.append(function)
-        return function
-
-    def output_guard(self, function: F, /) -> F:
-        """Decorator: a function, ``(output)`` or ``(ctx, output)``, sync or async, that sees every
-        output (of any type that a run or step asks for) after its validators. None lets it pass; a
-        text says why not, and stops the run with :class:`GuardrailTripped`."""
-        self._declaration.output_guards.append(function)
-        return function
-
-    @property
-    def tools(self) -> Mapping[str, Tool[DepsT]]:
-        """All its tools by name, those of its toolsets included."""
-        return self._declaration.tools
-
-    def instrument(self, observer: Observer, /) -> Self:
-        """Have ``observer`` told of everything this agent does from its next run or session on,
-        and of what other agents do inside its tools; gives back the agent."""
-        self._declaration.observers.append(observer)
-        return self
 
     # -- at the service of others --------------------------------------------------------------
 
@@ -415,33 +356,23 @@ class Agent(Generic[DepsT, OutT]):
         journal, run_id = options.get("journal"), options.get("run_id")
         if (journal is None) != (run_id is None):
             raise UserError("journal= and run_id= go together: where a run is kept, and its name")
-        if journal is not None:
-            self._check_keeps_its_agent()
 
         def successor(handoff: Handoff[DepsT]) -> Core[Any]:
             return handoff.agent._core(options, limits=None)
 
+        run: AgentRun[DepsT, Any] | None = None
         async with recorded(journal, run_id, results) as record:
             if record is not None:
                 prompt, history = await core.begin(record, prompt, history, resume)
-            run: AgentRun[DepsT, Any] | None = None
             try:
                 with core.work(limits) as work:
                     await core.open(history, output_type)
-                    run = AgentRun(core, work, prompt, output_type, results, successor)
                     with core.watch.run() as trace:
+                        run = AgentRun(core, work, prompt, output_type, results, successor)
                         yield run
                         trace.usage = core.usage.model_copy()
             finally:
                 await (core if run is None else run.core).close()
-
-    def _check_keeps_its_agent(self) -> None:
-        for name, tool in self._declaration.tools.items():
-            if isinstance(tool, Handoff):
-                raise UserError(
-                    f"agent {self.name!r} has the handoff {name!r}: a journal keeps the run of one "
-                    "agent; use as_tool(), or run without journal="
-                )
 
     def _core(self, options: RunOptions[Any], *, limits: UsageLimits | None) -> Core[DepsT]:
         model = options.get("model")

@@ -28,7 +28,8 @@ from dspark_agent.relay import EventRelay
 from dspark_agent.settings import ModelSettings
 
 if TYPE_CHECKING:
-    from dspark_agent.core import Core, Work
+    from dspark_agent.account import Work
+    from dspark_agent.core import Core
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +159,11 @@ async def _asked(
     """Ask in a session of its own, which is closed after."""
     try:
         budget.check_request(work.budgets)
-        core.usage.count_request()
         left = budget.output_tokens_left(work.budgets)
         tokens = policy.summary_tokens if left is None else min(left, policy.summary_tokens)
         turn = ModelTurn(tool_choice="none", settings=ModelSettings(max_tokens=tokens))
-        response = await session.step(request, turn, _unheard)
-    except ContextLengthError:
-        core.usage.uncount_request()
-        raise
+        with core.usage.request():
+            response = await session.step(request, turn, _unheard)
     finally:
         await core.closed(session)
     core.usage.count_tokens(response.usage)

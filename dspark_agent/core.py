@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import uuid4
 
 import anyio
 
 from dspark_agent import budget
-from dspark_agent.branching import branched
-from dspark_agent.budget import Budget
-from dspark_agent.calling import call_with_ctx
+from dspark_agent.account import Account, Work
+from dspark_agent.asking import say_format
+from dspark_agent.branching import branch
 from dspark_agent.compacting import compact, make_room
-from dspark_agent.context import Cancellation, DepsT, RunContext
+from dspark_agent.context import DepsT, RunContext
 from dspark_agent.conversation import Conversation
 from dspark_agent.declaration import Declaration
 from dspark_agent.deferred import DeferredToolResults
-from dspark_agent.errors import (
-    ContextLengthError,
-    DeadlineExceeded,
-    RunCancelled,
-    SessionClosedError,
-    UserError,
-)
+from dspark_agent.errors import ContextLengthError, SessionClosedError, UserError
 from dspark_agent.events import CompactionReason
-from dspark_agent.guards import check_guards
 from dspark_agent.history import History
 from dspark_agent.journal.entries import RunBegun
 from dspark_agent.journal.record import RunRecord
 from dspark_agent.journal.session import RecordedSession
 from dspark_agent.limits import RunUsage, UsageLimits
-from dspark_agent.messages import SystemPromptPart, UserPromptPart
 from dspark_agent.models.base import Model, ModelSession, ModelTurn
 from dspark_agent.observer import Watch
 from dspark_agent.relay import EventHandler
@@ -43,18 +35,10 @@ from dspark_agent.step import UNSET, StepKind, StepPlan, StepResult
 from dspark_agent.trace import StepTrace
 from dspark_agent.turn import TurnTaker
 
-T = TypeVar("T")
-
 if TYPE_CHECKING:
     from dspark_agent.session import Session
 
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """A stretch of work under limits: a session's step, a run, a step of a run."""
-
-    budgets: tuple[Budget, ...]
-    cancellation: Cancellation
+T = TypeVar("T")
 
 
 class Core(Generic[DepsT]):
@@ -81,17 +65,10 @@ class Core(Generic[DepsT]):
         self.on_event = on_event
         self.record = record
         self.runner = declaration.runner()
-        self.watch = Watch(
-            declaration.name,
-            model.name,
-            model.provider,
-            uuid4().hex,
-            tuple(declaration.observers),
-        )
+        observers = tuple(declaration.observers)
+        self.watch = Watch(declaration.name, model.name, model.provider, uuid4().hex, observers)
         self.conversation = Conversation()
-        self.usage = RunUsage.part_of(None if parent is None else parent.usage)
-        self._parent = parent
-        self._budgets: tuple[Budget, ...] = () if parent is None else parent.budgets
+        self.account = Account(parent)
         self._model_session: ModelSession | None = None
         self._token_log: tuple[int, ...] | None = None
         self.widest = ModelTurn()
@@ -102,23 +79,26 @@ class Core(Generic[DepsT]):
 
     # -- open, copy, close ---------------------------------------------------------------------
 
-    async def open(self, history: History, output_type: Any = UNSET) -> None:
+    async def open(
+        self, history: History, output_type: Any = UNSET, onto: Conversation | None = None
+    ) -> None:
         """Open the model's side; go on from ``history`` (from its token log where that fits).
 
-        ``output_type`` is that of the steps to come, the agent's own when left out. With a journal,
-        the model is opened when a turn needs it.
+        ``output_type`` is that of the steps to come, the agent's own when left out; ``onto`` a
+        conversation whose steps were taken before. With a journal, the model is opened when a turn
+        needs it.
         """
         self.widest = self.plan(output_type=output_type, tools=tuple(self.runner.tools)).turn
         resumes = history.resumes(self.model.name, self.widest.tool_names)
         token_log = history.token_log if resumes else None
-        conversation = Conversation(
+        conversation = replace(
+            onto or Conversation(),
             messages=list(history.messages),
             sent=history.logged_messages if resumes else 0,
             context_tokens=len(token_log or ()),
             run_begin=len(history.messages),
         )
-        session = await self._open_session(conversation, token_log)
-        self.start(session, conversation, self.limits)
+        self.start(await self._open_session(conversation, token_log), conversation, self.limits)
 
     async def _open_session(
         self, conversation: Conversation, token_log: tuple[int, ...] | None
@@ -155,21 +135,9 @@ class Core(Generic[DepsT]):
         )
         return await record.begin(begun)
 
-    async def fork(self, *, shares_limits: bool = False) -> Core[DepsT]:
-        """An independent copy of the conversation, which shares the model's work so far; with
-        ``shares_limits``, what it uses counts here, under the limits that are in force here."""
-        with self._exclusive():
-            model_session = await self.model_session.fork()
-        if shares_limits:
-            child = self.sibling(self.context(Work(self._budgets, self._inherited())))
-            child.start(model_session, self.conversation.copy(), None)
-        else:
-            child = self.sibling(self._parent)
-            child.start(model_session, self.conversation.copy(), self.limits)
-        return child
-
     def sibling(self, parent: RunContext[Any] | None) -> Core[DepsT]:
-        """Another conversation of this kind, not open yet, as part of ``parent``."""
+        """The same agent on the same model, as part of ``parent``; :meth:`start` gives it a
+        conversation."""
         child = Core(
             self.declaration,
             self.model,
@@ -189,11 +157,11 @@ class Core(Generic[DepsT]):
         conversation: Conversation,
         limits: UsageLimits | None,
     ) -> None:
-        """Go on with a conversation that ``model_session`` knows; ``limits`` begin now."""
+        """Begin with a conversation that ``model_session`` knows, under ``limits``."""
         self._model_session = model_session
         self.conversation = conversation
         if limits is not None:
-            self._budgets = (*self._budgets, Budget.begin(limits, self.usage))
+            self.account.limit(limits)
 
     async def close(self) -> None:
         """Free the model's side; the history stays readable. Idempotent."""
@@ -215,6 +183,16 @@ class Core(Generic[DepsT]):
         self.conversation = conversation
         self.epoch += 1
         await self.closed(before)
+
+    @property
+    def usage(self) -> RunUsage:
+        return self.account.usage
+
+    def work(
+        self, limits: UsageLimits | None, outer: Work | None = None
+    ) -> AbstractContextManager[Work]:
+        """Work under limits: see :meth:`Account.work`."""
+        return self.account.work(limits, outer)
 
     @property
     def is_open(self) -> bool:
@@ -244,7 +222,7 @@ class Core(Generic[DepsT]):
 
     async def rollback(self, conversation: Conversation, model_mark: object, epoch: int) -> None:
         """Go back to a copy of the conversation and the model's mark of the same moment."""
-        with self._exclusive():
+        with self.exclusive():
             if epoch != self.epoch:
                 await self.reopen(replace(conversation.copy(), sent=0))
                 return
@@ -253,35 +231,10 @@ class Core(Generic[DepsT]):
 
     # -- guards --------------------------------------------------------------------------------
 
-    @contextmanager
-    def work(self, limits: UsageLimits | None, outer: Work | None = None) -> Iterator[Work]:
-        """Work under ``limits``, within those of ``outer`` (or the session's, or the parent's).
-
-        Raises:
-            DeadlineExceeded: the deadline passed inside.
-            RunCancelled: :meth:`RunContext.cancel` was called inside.
-        """
-        budgets = self._budgets if outer is None else outer.budgets
-        if limits is not None:
-            budgets = (*budgets, Budget.begin(limits, self.usage))
-        with anyio.CancelScope(deadline=budget.deadline(budgets)) as scope:
-            around = self._inherited() if outer is None else outer.cancellation
-            own = around.scope is None  # nothing runs around this: cancelling ends this
-            cancellation = Cancellation(scope) if own else around
-            yield Work(budgets, cancellation)
-        if own and cancellation.reason is not None:
-            raise RunCancelled(cancellation.reason)
-        if scope.cancelled_caught:
-            first = min(budgets, key=lambda b: b.deadline)
-            raise DeadlineExceeded(first.limits.wall_seconds or 0.0)
-
-    def _inherited(self) -> Cancellation:
-        return Cancellation() if self._parent is None else self._parent.cancellation
-
     @asynccontextmanager
     async def whole_or_not_at_all(self) -> AsyncIterator[None]:
         """What happens inside is undone when it raises (cancellation included)."""
-        with self._exclusive():
+        with self.exclusive():
             before, model_mark = self.conversation.copy(), self.model_session.mark()
             try:
                 yield
@@ -299,7 +252,7 @@ class Core(Generic[DepsT]):
         """
         policy = self.declaration.compaction
         if policy is not None:
-            with self._exclusive():
+            with self.exclusive():
                 await make_room(self, work, policy)
         while True:
             sent = self.conversation.sent
@@ -312,12 +265,17 @@ class Core(Generic[DepsT]):
             except ContextLengthError:
                 if policy is None or was_heard:
                     raise
-                with self._exclusive():
+                with self.exclusive():
                     if not await compact(self, work, policy, CompactionReason.OVERFLOW):
                         raise
 
     @contextmanager
-    def _exclusive(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
+        """One step (or fork) at a time.
+
+        Raises:
+            SessionClosedError: another is in flight.
+        """
         if self._busy:
             raise SessionClosedError(
                 "the session has a step in flight: await it first, or fork() the session"
@@ -384,42 +342,6 @@ class Core(Generic[DepsT]):
             budgets=work.budgets,
         )
 
-    async def ask(self, prompt: str | None, work: Work) -> None:
-        """Add the instructions (before anything was said) and ``prompt`` to the conversation.
-
-        Raises:
-            UserError: there is nothing the model has to answer.
-            GuardrailTripped: an input guard stops the run.
-        """
-        if self.conversation.has_open_calls:
-            raise UserError(
-                "the history ends with tool calls that have no results; decide about them with "
-                "deferred_tool_results=..., add their ToolReturnParts, or leave the last response "
-                "out"
-            )
-        if not self.conversation.messages and (system := await self.instructions(work)):
-            self.conversation.ask(SystemPromptPart(content=system))
-        if prompt is not None:
-            guards = self.declaration.input_guards
-            await check_guards(guards, self.context(work), prompt, place="input")
-            self.conversation.ask(UserPromptPart(content=prompt))
-        elif not self.conversation.has_news:
-            raise UserError("nothing to answer: the model had the last word; give a prompt")
-
-    async def instructions(self, work: Work) -> str:
-        """The agent's instructions now, or as the run's journal has them."""
-        known = None if self.record is None else await self.record.instructions(None)
-        if known is not None:
-            return known
-        texts = [
-            text if isinstance(text, str) else await call_with_ctx(text, self.context(work))
-            for text in self.declaration.instructions
-        ]
-        system = "\n\n".join(text for text in texts if text)
-        if self.record is not None:
-            await self.record.instructions(system)
-        return system
-
     async def settle(self, results: DeferredToolResults, work: Work) -> StepTrace:
         """Carry out decisions about calls that wait: see :func:`settling.settle`.
 
@@ -432,7 +354,7 @@ class Core(Generic[DepsT]):
                     self._taker(),
                     self.conversation,
                     results,
-                    ctx=self.context(work),
+                    ctx=self._forkable(work),
                     budgets=work.budgets,
                     trace=trace,
                 )
@@ -449,32 +371,28 @@ class Core(Generic[DepsT]):
             self.record,
         )
 
-    async def take(
-        self, plan: StepPlan, work: Work, attempt: int, settled: StepTrace | None = None
-    ) -> StepResult[Any]:
-        """One turn: see :meth:`TurnTaker.take`."""
+    def _forkable(self, work: Work) -> RunContext[DepsT]:
+        """The run as a step's functions see it: they may fork what was said before the step."""
         ctx = self.context(work)
         before, model_mark = self.conversation.copy(), self.model_session.mark()
 
         async def fork() -> Session[DepsT, Any]:
             from dspark_agent.session import Session  # which is made of cores
 
-            return Session(await branched(self, ctx, before, model_mark), History())
+            return Session(await branch(self, ctx, before, model_mark), History())
 
-        self._say_format(plan)
+        return replace(ctx, forker=fork)
+
+    async def take(
+        self, plan: StepPlan, work: Work, attempt: int, settled: StepTrace | None = None
+    ) -> StepResult[Any]:
+        """One turn: see :meth:`TurnTaker.take`."""
+        say_format(self.conversation, plan)
         return await self._taker().take(
             self.conversation,
             plan,
-            ctx=replace(ctx, forker=fork),
+            ctx=self._forkable(work),
             budgets=work.budgets,
             attempt=attempt,
             settled=settled,
         )
-
-    def _say_format(self, plan: StepPlan) -> None:
-        """What a PromptedOutput has to say, once a conversation."""
-        prompt = plan.output.prompt
-        if prompt is None or plan.needs_call or prompt in self.conversation.told:
-            return
-        self.conversation.told |= {prompt}
-        self.conversation.ask(UserPromptPart(content=prompt))

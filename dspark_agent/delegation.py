@@ -52,6 +52,7 @@ class Handoff(Tool[DepsT]):
             transfer,
             name=name or f"transfer_to_{agent.name}",
             description=description or f"Let the agent {agent.name!r} take over.",
+            idempotent=True,
         )
         self.agent = agent
 
@@ -85,7 +86,7 @@ def agent_as_tool(agent: Agent[Any, Any], description: str, options: DelegateOpt
         if isinstance(result.output, DeferredToolRequests):
             raise UserError(
                 f"agent {agent.name!r} waits for an approval, which a tool cannot do: ask for "
-                "the approval of its call, with requires_approval on a tool of the caller's"
+                "the approval of its call, as in agent.as_tool(...).with_approval(True)"
             )
         return result.output
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import copy_context
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from anyio.abc import TaskGroup
@@ -17,7 +18,12 @@ from dspark_agent.messages import ModelResponse, ToolCallPart
 from dspark_agent.models.base import CallEnd, ModelEvent
 from dspark_agent.models.builder import ResponseBuilder
 from dspark_agent.tools import ToolDefinition
-from dspark_agent.trace import unwatched
+
+if TYPE_CHECKING:
+    from dspark_agent.session import Session
+
+
+Forker = Callable[[], Awaitable["Session[Any, Any]"]]
 
 
 class _Started:
@@ -51,7 +57,23 @@ class EarlyCalls:
         self._said = ResponseBuilder()
         self._started: dict[int, _Started] = {}
         self._held = False
+        self._written = anyio.Event()
         self._context = copy_context()  # a call is part of the step, not of the model's turn
+
+    def written(self) -> None:
+        """The model has ended its turn: its session can be forked again."""
+        self._written.set()
+
+    def after(self, forker: Forker | None) -> Forker | None:
+        """``forker``, once the turn is written."""
+        if forker is None:
+            return None
+
+        async def fork() -> Session[Any, Any]:
+            await self._written.wait()
+            return await forker()
+
+        return fork
 
     def hear(self, event: ModelEvent) -> None:
         """Take one event of the turn; a call that it completes starts, if it may."""
@@ -65,7 +87,7 @@ class EarlyCalls:
             self._context.run(self._group.start_soon, self._guarded, self._run_one, started, so_far)
 
     async def result(self, index: int, call: ToolCallPart) -> tuple[CallOutcome, float] | None:
-        """The outcome of the turn's ``index``-th call and the seconds it took; None where it was
+        """The result of the turn's ``index``-th call and the seconds it took; None where it was
         not started. Waits for it."""
         started = self._started.get(index)
         if started is None or started.call != call:
@@ -115,21 +137,22 @@ async def early_calls(
     offered: Mapping[str, ToolDefinition],
     ctx: RunContext[DepsT],
     count: RetryCount,
+    watch: WatchCall,
     allowed: bool,
-    watch: WatchCall = unwatched,
 ) -> AsyncIterator[EarlyCalls]:
     """A turn and its calls: what is :meth:`EarlyCalls.hear`\\ d in here may start at once.
 
     ``offered``, ``count`` and ``watch`` as for :meth:`ToolRunner.run`; ``ctx.messages`` gets what
-    the model has said so far. Nothing starts early unless it is ``allowed``.
+    the model has said so far, and ``ctx.fork()`` waits until the turn is over. Nothing starts early
+    unless it is ``allowed``.
 
     Raises:
         Exception: whatever the body or a call raised first, bare; the other is cancelled.
     """
 
     def run(call: ToolCallPart, so_far: ModelResponse) -> Awaitable[CallOutcome]:
-        ctx_now = replace(ctx, messages=(*ctx.messages, so_far))
-        return runner.start_early(call, offered, ctx_now, count, watch)
+        own = replace(ctx, messages=(*ctx.messages, so_far), forker=early.after(ctx.forker))
+        return runner.start_early(call, offered, own, count, watch)
 
     def may_start(call: ToolCallPart) -> bool:
         return allowed and runner.may_start_early(call)

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic
+from typing import Any, Generic
 
 import anyio
 import pydantic_core
@@ -31,9 +31,6 @@ from dspark_agent.messages import RetryPromptPart, ToolCallPart, ToolReturnPart
 from dspark_agent.tools import Tool, ToolDefinition
 from dspark_agent.trace import ToolTrace, unwatched
 
-if TYPE_CHECKING:
-    from dspark_agent.early_calls import EarlyCalls
-
 ToolPart = ToolReturnPart | RetryPromptPart
 CallOutcome = ToolPart | AwaitsApproval
 OnResult = Callable[[int, ToolPart, float], Awaitable[None]]
@@ -42,6 +39,9 @@ Begins = Callable[[ToolCallPart], Awaitable[None]]
 """Told of a call when nothing is left to check and the tool is about to run."""
 WatchCall = Callable[[ToolCallPart], AbstractContextManager[ToolTrace]]
 """Entered around each call; its trace gets the result."""
+EarlyResult = Callable[[int, ToolCallPart], Awaitable[tuple[CallOutcome, float] | None]]
+"""What came of a call that was started before its turn was over, and the seconds it took; None
+where it was not. Takes the call's place among those run together."""
 
 
 @dataclass(slots=True)
@@ -76,7 +76,7 @@ class ToolRunner(Generic[DepsT]):
         on_result: OnResult,
         ledger: CallLedger | None = None,
         watch: WatchCall = unwatched,
-        early: EarlyCalls | None = None,
+        early: EarlyResult | None = None,
     ) -> list[CallOutcome]:
         """Run ``calls``, but for those that run ``early`` already; one outcome each, in order.
 
@@ -96,16 +96,15 @@ class ToolRunner(Generic[DepsT]):
             calls = await ledger.resumed(calls, self.tools)
 
         async def run_one(index: int) -> None:
-            known = None if early is None else await early.result(index, calls[index])
+            known = None if early is None else await early(index, calls[index])
             if known is None:
                 began = time.perf_counter()
-                with watch(calls[index]) as trace:
-                    outcome = await self._recorded(index, calls[index], offered, ctx, count, ledger)
-                    trace.outcome = outcome
-                known = outcome, time.perf_counter() - began
-            outcomes[index], seconds = known
-            if not isinstance(known[0], AwaitsApproval):
-                await on_result(index, known[0], seconds)
+                run = partial(self._recorded, index, calls[index], offered, ctx, count, ledger)
+                known = await _watched(watch, calls[index], run), time.perf_counter() - began
+            outcome, seconds = known
+            outcomes[index] = outcome
+            if not isinstance(outcome, AwaitsApproval):
+                await on_result(index, outcome, seconds)
 
         for batch in self._batches(calls):
             await _all([(run_one, index) for index in batch])
@@ -143,24 +142,11 @@ class ToolRunner(Generic[DepsT]):
         offered: Mapping[str, ToolDefinition],
         ctx: RunContext[DepsT],
         count: RetryCount,
-        watch: WatchCall = unwatched,
+        watch: WatchCall,
     ) -> CallOutcome:
-        """Run one call that may start early, apart from the others; see :meth:`run`."""
-        with watch(call) as trace:
-            outcome = await self._hooked(call, offered, self._ctx_of(call, ctx, count), _nothing)
-            trace.outcome = outcome
-        return outcome
-
-    def _ctx_of(
-        self, call: ToolCallPart, ctx: RunContext[DepsT], count: RetryCount
-    ) -> RunContext[DepsT]:
-        return replace(
-            ctx,
-            retry=count.by_tool.get(call.tool_name, 0),
-            max_retries=self._retries_of(call.tool_name),
-            tool_name=call.tool_name,
-            tool_call_id=call.tool_call_id,
-        )
+        """Run one call of a turn that goes on; see :meth:`run`."""
+        run = partial(self._recorded, 0, call, offered, ctx, count, None)
+        return await _watched(watch, call, run)
 
     async def _recorded(
         self,
@@ -172,7 +158,13 @@ class ToolRunner(Generic[DepsT]):
         ledger: CallLedger | None,
     ) -> CallOutcome:
         """One call, unless the journal has what came of it."""
-        ctx = self._ctx_of(call, ctx, count)
+        ctx = replace(
+            ctx,
+            retry=count.by_tool.get(call.tool_name, 0),
+            max_retries=self._retries_of(call.tool_name),
+            tool_name=call.tool_name,
+            tool_call_id=call.tool_call_id,
+        )
         if ledger is None:
             return await self._hooked(call, offered, ctx, _nothing)
         known = ledger.outcome(index)
@@ -275,6 +267,14 @@ class ToolRunner(Generic[DepsT]):
             count.by_tool[name] = count.by_tool.get(name, 0) + 1
             if count.by_tool[name] > self._retries_of(name):
                 raise ToolRetriesExceeded(name, reason, retries=self._retries_of(name))
+
+
+async def _watched(
+    watch: WatchCall, call: ToolCallPart, run: Callable[[], Awaitable[CallOutcome]]
+) -> CallOutcome:
+    with watch(call) as trace:
+        outcome = trace.outcome = await run()
+    return outcome
 
 
 async def _nothing(call: ToolCallPart) -> None:

@@ -17,7 +17,8 @@ class Hooks(Generic[DepsT_contra]):
     ``Agent(hooks=[A(), B()])``: of several, the first is the outermost: its ``before_`` hooks run
     first and its ``after_`` hooks last. Whatever a hook raises ends the run and comes out as it is,
     the step being undone; in the two around a tool, ModelRetry and ToolFailed are said to the model
-    instead. Output tools are no tools here: see :meth:`Agent.output_guard`.
+    instead, and ``before_tool`` may raise ApprovalRequired, which pauses the run. Output tools are
+    no tools here: see :meth:`Agent.output_guard`.
     """
 
     async def before_model(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 from pydantic import BaseModel, NonNegativeInt, PrivateAttr
 
-from dspark_agent.errors import UsageLimitExceeded, UserError
+from dspark_agent.errors import ContextLengthError, UsageLimitExceeded, UserError
 
 
 class RequestUsage(BaseModel):
@@ -38,13 +39,22 @@ class RunUsage(RequestUsage):
 
     def count_request(self) -> None:
         """Count one model turn, when it begins: turns taken at the same time see each other."""
-        for account in self._accounts():
-            account.requests += 1
+        self._count_requests(1)
 
-    def uncount_request(self) -> None:
-        """Take back a turn that did not fit into the model's context: nothing was computed."""
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Count the model turn taken inside; one that does not fit into the model's window was
+        none."""
+        self.count_request()
+        try:
+            yield
+        except ContextLengthError:
+            self._count_requests(-1)
+            raise
+
+    def _count_requests(self, turns: int) -> None:
         for account in self._accounts():
-            account.requests -= 1
+            account.requests += turns
 
     def count_tokens(self, turn: RequestUsage) -> None:
         """Count the tokens of one model turn."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from dspark_agent.messages import ModelRequest, ModelResponse, ToolCallPart
@@ -59,6 +59,11 @@ class Watch:
     def observers(self) -> tuple[Observer, ...]:
         outer = _inherited.get()
         return (*outer, *(observer for observer in self.own if observer not in outer))
+
+    def handed_over(self, to: Watch) -> Watch:
+        """The same conversation, gone on with by ``to``'s agent; told to both agents' observers."""
+        added = tuple(observer for observer in to.own if observer not in self.own)
+        return replace(to, conversation_id=self.conversation_id, own=(*self.own, *added))
 
     @contextmanager
     def run(self) -> Iterator[RunTrace]:

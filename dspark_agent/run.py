@@ -8,9 +8,11 @@ from typing import Any, Generic
 
 from typing_extensions import TypeVar
 
+from dspark_agent.account import Work
+from dspark_agent.asking import ask
 from dspark_agent.branching import take_over
 from dspark_agent.context import DepsT
-from dspark_agent.core import Core, Work
+from dspark_agent.core import Core
 from dspark_agent.deferred import DeferredToolRequests, DeferredToolResults
 from dspark_agent.delegation import Handoff
 from dspark_agent.errors import UserError
@@ -20,12 +22,13 @@ from dspark_agent.limits import RunUsage, UsageLimits
 from dspark_agent.messages import (
     ModelRequest,
     ModelResponse,
+    RequestPart,
     ToolCallPart,
     ToolReturnPart,
     open_calls,
 )
 from dspark_agent.settings import ModelSettings
-from dspark_agent.step import UNSET, StepResult, Unset
+from dspark_agent.step import UNSET, StepPlan, StepResult, Unset
 from dspark_agent.timeline import Timeline, timeline_of
 from dspark_agent.trace import StepTrace
 
@@ -172,21 +175,28 @@ class AgentRun(Generic[DepsT, OutT_co]):
         """
         if self.is_done:
             raise UserError("the run is done; read its result")
-        core = self._core
-        own = self._output_type is UNSET
-        plan = core.plan(
-            output_type=self._output_type,
-            tools=tuple(core.runner.tools) if tools is None and not own else tools,
-            tool_choice=tool_choice,
-            args=args,
-            settings=settings,
-        )
-        with core.work(limits, self._work) as work:
+
+        def planned() -> StepPlan:
+            core, own = self._core, self._output_type is UNSET
+            return core.plan(
+                output_type=self._output_type,
+                tools=tuple(core.runner.tools) if tools is None and not own else tools,
+                tool_choice=tool_choice,
+                args=args,
+                settings=settings,
+            )
+
+        plan = planned()
+        with self._core.work(limits, self._work) as work:
+            before = self._core
             settled = await self._settle(work)
+            core = self._core
+            if core is not before:
+                plan = planned()
 
             async def turns() -> StepResult[Any]:
                 if not self._asked:
-                    await core.ask(self._prompt, work)
+                    await ask(core, self._prompt, work)
                 return await core.take(plan, work, self._attempt, settled)
 
             result = await core.committed(work, turns)
@@ -195,28 +205,12 @@ class AgentRun(Generic[DepsT, OutT_co]):
         refused = result.retry_reason is not None and (finals or not result.tool_calls)
         self._attempt = self._attempt + 1 if refused else 1
         if not result.is_final:
-            for handoff in _handoffs(core, result)[:1]:
-                await self._hand_over(handoff)
+            await self._hand_over(result.tool_calls, result.tool_results)
             return result
         if self._decisions() is None:  # else the next step carries them out
             self._output = result.value
             await self._end()
         return result
-
-    async def _hand_over(self, handoff: Handoff[DepsT]) -> None:
-        if self._successor is None:
-            raise UserError(
-                f"{handoff.name}: a session stays with its agent; hand over in Agent.run instead"
-            )
-        before = self._core
-        after = self._successor(handoff)
-        try:
-            await take_over(after, before, self._work, self._output_type)
-        except BaseException:
-            await after.close()
-            raise
-        self._core = after
-        await before.close()
 
     async def _settle(self, work: Work) -> StepTrace | None:
         """Carry out what was decided about calls that wait."""
@@ -225,6 +219,10 @@ class AgentRun(Generic[DepsT, OutT_co]):
             return None
         settled = await self._core.settle(results, work)
         self._results = None
+        response, request = self._core.conversation.messages[-2:]
+        assert isinstance(response, ModelResponse)
+        assert isinstance(request, ModelRequest)
+        await self._hand_over(response.tool_calls, request.parts)
         return settled
 
     def _decisions(self) -> DeferredToolResults | None:
@@ -240,12 +238,38 @@ class AgentRun(Generic[DepsT, OutT_co]):
         if record is not None and not isinstance(self._output, DeferredToolRequests):
             await record.end()
 
+    async def _hand_over(
+        self, calls: Sequence[ToolCallPart], results: Sequence[RequestPart]
+    ) -> None:
+        """Go on with the agent of the first handoff that was called and went through, if any."""
+        before = self._core
+        handoff = _handoff(before, calls, results)
+        if handoff is None:
+            return
+        if self._successor is None:
+            raise UserError(
+                f"{handoff.name}: a session stays with its agent; hand over in Agent.run instead"
+            )
+        after = self._successor(handoff)
+        try:
+            await take_over(after, before, self._work, self._output_type)
+        except BaseException:
+            await after.close()
+            raise
+        self._core = after
+        await before.close()
 
-def _handoffs(core: Core[DepsT], result: StepResult[Any]) -> list[Handoff[DepsT]]:
-    """The handoffs that were called in a step and went through, in order."""
-    tools = [core.runner.tools.get(call.tool_name) for call in result.tool_calls]
-    return [
-        tool
-        for tool, part in zip(tools, result.tool_results, strict=bool(result.tool_results))
-        if isinstance(tool, Handoff) and isinstance(part, ToolReturnPart)
-    ]
+
+def _handoff(
+    core: Core[DepsT], calls: Sequence[ToolCallPart], results: Sequence[RequestPart]
+) -> Handoff[DepsT] | None:
+    done = {
+        part.tool_call_id
+        for part in results
+        if isinstance(part, ToolReturnPart) and part.outcome == "success"
+    }
+    for call in calls:
+        tool = core.runner.tools.get(call.tool_name)
+        if isinstance(tool, Handoff) and call.tool_call_id in done:
+            return tool
+    return None

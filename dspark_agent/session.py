@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Generic, Self, overload
 
 from typing_extensions import TypeVar
 
+from dspark_agent.asking import ask
+from dspark_agent.branching import fork
 from dspark_agent.context import DepsT
 from dspark_agent.conversation import Conversation
 from dspark_agent.core import Core
@@ -175,7 +177,7 @@ class Session(Generic[DepsT, OutT]):
                 settled = await core.settle(deferred_tool_results, work)
 
             async def turns() -> StepResult[Any]:
-                await core.ask(prompt, work)
+                await ask(core, prompt, work)
                 result = await core.take(plan, work, 1, settled)
                 while result.retry_reason is not None:
                     result = await core.take(plan, work, result.attempts + 1)
@@ -253,7 +255,7 @@ class Session(Generic[DepsT, OutT]):
         With ``shares_limits`` what it uses counts in this session's ``usage`` too, and this
         session's limits and deadline hold for it; without, the limits begin anew.
         """
-        return Session(await self._core.fork(shares_limits=shares_limits), self._history)
+        return Session(await fork(self._core, shares_limits=shares_limits), self._history)
 
     async def close(self) -> None:
         """Free what the session holds in the model. Idempotent."""

@@ -52,6 +52,7 @@ async def settle(
     for verdict in approved.values():
         _check_arguments(taker.runner, verdict)
     budget.check_tool_calls(budgets, len(approved))
+    taker.usage.count_tool_calls(len(approved))
     step, places = len(conversation.steps), list(approved)
     if taker.record is not None:
         await taker.record.decide(step - 1, results)
@@ -61,7 +62,6 @@ async def settle(
         noted = part.model_copy(update={"note": approved[places[index]].note})
         await relay.send(ToolResult(step, places[index], noted, seconds))
 
-    taker.usage.count_tool_calls(len(approved))
     outcomes = await taker.runner.run(
         [verdict.call for verdict in approved.values()],
         offered={name: tool.definition for name, tool in taker.runner.tools.items()},
@@ -71,7 +71,11 @@ async def settle(
         ledger=None if taker.record is None else taker.record.calls_of(step - 1, approved=True),
         watch=partial(taker.watch.tool, trace),
     )
-    parts: list[ToolPart] = [v for v in verdicts if not isinstance(v, Approved)]
+    parts: list[ToolPart] = []
+    for place, given in enumerate(verdicts):
+        if not isinstance(given, Approved):
+            parts.append(given)
+            await relay.send(ToolResult(step, place, given, 0.0))
     for place, outcome in zip(places, outcomes, strict=True):
         assert not isinstance(outcome, AwaitsApproval)
         parts.append(outcome.model_copy(update={"note": approved[place].note}))

@@ -105,15 +105,24 @@ class Tool(Generic[DepsT_contra]):
         tool.retries = retries if self.retries is None else self.retries
         return tool
 
+    def with_approval(self, rule: ApprovalRule) -> Self:
+        """This tool, whose calls wait for approval where ``rule`` says so, besides its own."""
+        tool = copy.copy(self)
+        if isinstance(rule, bool) or self.requires_approval is False:
+            tool.requires_approval = rule or self.requires_approval
+        elif self.requires_approval is not True:
+
+            async def either(ctx: RunContext[Any], args: Mapping[str, Any]) -> bool:
+                return await self.needs_approval(ctx, args) or await _holds(rule, ctx, args)
+
+            tool.requires_approval = either
+        return tool
+
     async def needs_approval(
         self, ctx: RunContext[DepsT_contra], arguments: Mapping[str, Any]
     ) -> bool:
         """Whether this call, with validated ``arguments``, waits for approval."""
-        rule = self.requires_approval
-        if isinstance(rule, bool):
-            return rule
-        answer = rule(ctx, arguments)
-        return bool(await answer if inspect.isawaitable(answer) else answer)
+        return await _holds(self.requires_approval, ctx, arguments)
 
     async def run(self, ctx: RunContext[DepsT_contra], arguments: Mapping[str, Any]) -> Any:
         """Call the function with validated ``arguments``; in a worker thread if it is sync.
@@ -137,6 +146,13 @@ def _is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
         getattr(function, "__call__", None)  # noqa: B004 - an object with an async __call__
     )
+
+
+async def _holds(rule: ApprovalRule, ctx: RunContext[Any], arguments: Mapping[str, Any]) -> bool:
+    if isinstance(rule, bool):
+        return rule
+    answer = rule(ctx, arguments)
+    return bool(await answer if inspect.isawaitable(answer) else answer)
 
 
 @overload

@@ -84,6 +84,14 @@ class FunctionToolset(Generic[DepsT_contra]):
             raise UserError(f"two tools are called {tool.name!r}; give one another name=")
         self._tools[tool.name] = tool.with_defaults(timeout=self._timeout, retries=self._retries)
 
+    def approval_required(self, rule: ApprovalRule = True) -> FunctionToolset[DepsT_contra]:
+        """A copy whose calls wait for approval where ``rule`` (as of :class:`Tool`), or a tool's
+        own, says so."""
+        copied: FunctionToolset[DepsT_contra] = FunctionToolset(id=self.id)
+        for tool in self._tools.values():
+            copied.add(tool.with_approval(rule))
+        return copied
+
     @overload
     def tool(
         self, function: Callable[Concatenate[RunContext[DepsT_contra], P], R], /

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic
@@ -18,14 +19,14 @@ from dspark_agent.context import DepsT, RunContext
 from dspark_agent.conversation import Conversation
 from dspark_agent.deferred import AwaitsApproval, DeferredToolRequests
 from dspark_agent.early_calls import EarlyCalls, early_calls
-from dspark_agent.errors import ContextLengthError, UserError
+from dspark_agent.errors import UserError
 from dspark_agent.events import StepEnd, StepStart, ToolResult
 from dspark_agent.execution import CallOutcome, ToolPart, ToolRunner
 from dspark_agent.hooks import Hooks
 from dspark_agent.journal.record import RunRecord
 from dspark_agent.journal.session import RecordedSession
 from dspark_agent.limits import RunUsage
-from dspark_agent.messages import ModelResponse, RetryPromptPart
+from dspark_agent.messages import ModelResponse, RetryPromptPart, ToolCallPart
 from dspark_agent.metrics import StepMetrics
 from dspark_agent.models.base import ModelEvent, ModelSession, ModelTurn
 from dspark_agent.observer import Watch
@@ -34,6 +35,23 @@ from dspark_agent.settings import ModelSettings, merge_settings
 from dspark_agent.step import UNSET, StepPlan, StepResult
 from dspark_agent.trace import StepTrace
 from dspark_agent.urgency import standing, waited_for
+
+
+@dataclass(frozen=True, slots=True)
+class _Calls:
+    """The calls of one turn, and what they are run with; ``finals`` are the places of those whose
+    arguments are the answer."""
+
+    made: Sequence[ToolCallPart]
+    turn: ModelTurn
+    budgets: Sequence[Budget]
+    relay: EventRelay
+    trace: StepTrace
+    early: EarlyCalls
+
+    @property
+    def finals(self) -> list[int]:
+        return [i for i, call in enumerate(self.made) if call.tool_name in self.turn.output_tools]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +105,25 @@ class TurnTaker(Generic[DepsT]):
         relay = EventRelay(self.handler, index, plan.output, trace)
         budget.check_request(budgets)
         self._check_can_pause(plan)
-        self.usage.count_request()
         turn = await hooks.before_model(self.hooks, ctx, self._turn(conversation, plan, budgets))
         await relay.send(StepStart(index, plan.kind, attempt))
-        trace.is_replayed = isinstance(self.model, RecordedSession) and self.model.is_recorded
+        tool_s = 0.0
         with waited_for(standing(turn.urgency, _seconds(turn.deadline_s))):
-            answer, parts, tool_s = await self._write_and_call(
-                conversation, plan, turn, ctx, budgets, relay, trace
-            )
-        response = trace.response
-        assert response is not None
+            async with self._early_calls(conversation, turn, ctx, budgets, trace) as early:
+                response = await self._written(conversation, turn, relay, trace, early)
+                ctx = replace(ctx, messages=tuple(conversation.messages), retry=attempt - 1)
+                await hooks.after_model(self.hooks, ctx, response)
+                check = AnswerCheck(plan, ctx, attempt, self._known_refusal(index))
+                parts: list[ToolPart] = []
+                if response.tool_calls:
+                    tools_began = time.perf_counter()
+                    calls = _Calls(response.tool_calls, turn, budgets, relay, trace, early)
+                    answer, parts = await self._take_calls(conversation, calls, check, response)
+                    tool_s = time.perf_counter() - tools_began
+                else:
+                    answer = await check.written(response)
+                    if answer.reason is not None:
+                        conversation.ask(RetryPromptPart(content=answer.reason))
         trace.metrics = response.metrics.closed(
             total_s=time.perf_counter() - trace.began, tool_s=tool_s
         )
@@ -146,69 +173,45 @@ class TurnTaker(Generic[DepsT]):
             deadline_s=wanted.deadline_s,
         )
 
-    async def _write_and_call(
+    def _early_calls(
         self,
         conversation: Conversation,
-        plan: StepPlan,
         turn: ModelTurn,
         ctx: RunContext[DepsT],
         budgets: Sequence[Budget],
-        relay: EventRelay,
         trace: StepTrace,
-    ) -> tuple[Answer, list[ToolPart], float]:
-        """The model's turn, what it came to, its calls' results, and how long those were waited
-        for after it.
-
-        Calls start while the turn is written, but for those of a run that is recorded, which the
+    ) -> AbstractAsyncContextManager[EarlyCalls]:
+        """Calls start while the turn is written, but for those of a run that is recorded, which the
         journal sees first, and those whose number is limited: they start when it is known that all
-        of them may.
-        """
-        attempt = trace.attempt
-        async with early_calls(
+        of them may."""
+        return early_calls(
             self.runner,
             offered={tool.name: tool for tool in turn.tools},
             ctx=replace(ctx, messages=tuple(conversation.messages)),
             count=conversation.retries,
             watch=partial(self.watch.tool, trace),
             allowed=self.record is None and not budget.limits_tool_calls(budgets),
-        ) as early:
-            response = await self._written(conversation, turn, early, relay, trace)
-            ctx = replace(ctx, messages=tuple(conversation.messages))
-            await hooks.after_model(self.hooks, ctx, response)
-            ctx = replace(ctx, retry=attempt - 1)
-            check = AnswerCheck(plan, ctx, attempt, self._known_refusal(relay.step))
-            if response.tool_calls:
-                began = time.perf_counter()
-                answer, parts = await self._take_calls(
-                    conversation, turn, check, budgets, relay, early, trace
-                )
-                return answer, parts, time.perf_counter() - began
-        answer = await check.written(response)
-        if answer.reason is not None:
-            conversation.ask(RetryPromptPart(content=answer.reason))
-        return answer, [], 0.0
+        )
 
     async def _written(
         self,
         conversation: Conversation,
         turn: ModelTurn,
-        early: EarlyCalls,
         relay: EventRelay,
         trace: StepTrace,
+        early: EarlyCalls,
     ) -> ModelResponse:
-        """The model's turn, added to the conversation and counted."""
+        """What the model writes; it counts as said."""
 
         async def on_model(event: ModelEvent) -> None:
             early.hear(event)
             await relay.on_model(event)
 
-        with self.watch.turn(trace, conversation.unsent, turn):
-            try:
-                response = await self.model.step(conversation.unsent, turn, on_model)
-            except ContextLengthError:
-                self.usage.uncount_request()
-                raise
+        trace.is_replayed = isinstance(self.model, RecordedSession) and self.model.is_recorded
+        with self.usage.request(), self.watch.turn(trace, conversation.unsent, turn):
+            response = await self.model.step(conversation.unsent, turn, on_model)
             trace.response, trace.model_ended = response, time.perf_counter()
+        early.written()
         conversation.heard(response)
         self.usage.count_tokens(response.usage)
         return response
@@ -216,90 +219,77 @@ class TurnTaker(Generic[DepsT]):
     async def _take_calls(
         self,
         conversation: Conversation,
-        turn: ModelTurn,
+        calls: _Calls,
         check: AnswerCheck,
-        budgets: Sequence[Budget],
-        relay: EventRelay,
-        early: EarlyCalls,
-        trace: StepTrace,
+        response: ModelResponse,
     ) -> tuple[Answer, list[ToolPart]]:
         """Run the calls, then read the answer in those of output tools. One part each, in order,
         but for those that wait for approval.
 
         A call of a tool beside the answer is run as any other: what a model does is never dropped.
         """
-        response = trace.response
-        assert response is not None
-        calls = response.tool_calls
-        finals = [i for i, call in enumerate(calls) if call.tool_name in turn.output_tools]
-        tools = [i for i in range(len(calls)) if i not in finals]
+        made, finals = calls.made, calls.finals
         outcomes: dict[int, CallOutcome] = {}
         answer = Answer()
-        if tools:
-            run = await self._run_tools(
-                conversation, tools, turn, check, budgets, relay, early, trace
-            )
-            outcomes.update(zip(tools, run, strict=True))
-            waiting = [outcome for outcome in run if isinstance(outcome, AwaitsApproval)]
-            answer = (
-                Answer(_pause(check.plan, waiting)) if waiting else Answer(reason=_refusal(run))
-            )
+        if len(finals) < len(made):
+            outcomes = await self._run_tools(conversation, calls, check)
+            waiting = [each for each in outcomes.values() if isinstance(each, AwaitsApproval)]
+            if waiting:
+                answer = Answer(_pause(check.plan, waiting))
+            else:
+                answer = Answer(reason=_refusal(list(outcomes.values())))
         if finals:
             began = time.perf_counter()
-            called = [calls[i] for i in finals]
+            called = [made[i] for i in finals]
             if answer.value is UNSET:
                 answer = await check.called(response, called)
             else:
                 answer = replace(answer, told=too_early(called))
             for index, part in zip(finals, answer.told, strict=True):
                 outcomes[index] = part
-                await relay.send(ToolResult(relay.step, index, part, time.perf_counter() - began))
-        ordered = [outcomes[index] for index in range(len(calls))]
+                seconds = time.perf_counter() - began
+                await calls.relay.send(ToolResult(calls.relay.step, index, part, seconds))
+        ordered = [outcomes[index] for index in range(len(made))]
         parts = [outcome for outcome in ordered if not isinstance(outcome, AwaitsApproval)]
         if parts:
             conversation.ask(*parts)
         return answer, parts
 
     async def _run_tools(
-        self,
-        conversation: Conversation,
-        places: Sequence[int],
-        turn: ModelTurn,
-        check: AnswerCheck,
-        budgets: Sequence[Budget],
-        relay: EventRelay,
-        early: EarlyCalls,
-        trace: StepTrace,
-    ) -> list[CallOutcome]:
-        assert trace.response is not None
-        calls = [trace.response.tool_calls[place] for place in places]
-        budget.check_tool_calls(budgets, len(calls))
-        self.usage.count_tool_calls(len(calls))
-        notes = conversation.repeats.record(calls)
-        likely = self._turn(conversation, check.plan, budgets)
+        self, conversation: Conversation, calls: _Calls, check: AnswerCheck
+    ) -> dict[int, CallOutcome]:
+        """The outcomes of the calls that are not the answer, by their places."""
+        places = [i for i in range(len(calls.made)) if i not in calls.finals]
+        run = [calls.made[place] for place in places]
+        budget.check_tool_calls(calls.budgets, len(run))
+        self.usage.count_tool_calls(len(run))
+        notes = conversation.repeats.record(run)
+        likely = self._turn(conversation, check.plan, calls.budgets)
+        relay, early = calls.relay, calls.early
 
         async def on_result(index: int, part: ToolPart, seconds: float) -> None:
             noted = part.model_copy(update={"note": notes[index]})
             await relay.send(ToolResult(relay.step, places[index], noted, seconds))
 
-        with early.beside(partial(self.model.anticipate, calls, likely)):
+        with early.beside(partial(self.model.anticipate, calls.made, likely)):
             outcomes = await self.runner.run(
-                calls,
-                offered={tool.name: tool for tool in turn.tools},
+                run,
+                offered={tool.name: tool for tool in calls.turn.tools},
                 ctx=check.ctx,
                 count=conversation.retries,
                 on_result=on_result,
                 ledger=None if self.record is None else self.record.calls_of(relay.step),
-                watch=partial(self.watch.tool, trace),
-                early=early,
+                watch=partial(self.watch.tool, calls.trace),
+                early=lambda index, call: early.result(places[index], call),
             )
-        self.usage.count_tool_calls(-sum(isinstance(o, AwaitsApproval) for o in outcomes))
-        return [
-            outcome
+        waiting = sum(isinstance(outcome, AwaitsApproval) for outcome in outcomes)
+        self.usage.count_tool_calls(-waiting)
+        return {
+            place: outcome
             if isinstance(outcome, AwaitsApproval)
             else outcome.model_copy(update={"note": note})
-            for outcome, note in zip(outcomes, notes, strict=True)
-        ]
+            for place, outcome, note in zip(places, outcomes, notes, strict=True)
+        }
 
     def _known_refusal(self, step: int) -> Answer | None:
         """What the journal has of an answer that was refused: it is not checked again."""

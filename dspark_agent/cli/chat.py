@@ -51,21 +51,22 @@ def chat(
     """Talk to a model, with tools if you like. Ctrl-C stops an answer, twice leaves."""
     from anyio.from_thread import start_blocking_portal
 
-    from dspark_agent import Agent, ModelSettings, UsageLimits
-    from dspark_agent.cli.approval import confirmed
+    from dspark_agent import Agent, DeferredToolRequests, ModelSettings, UsageLimits
     from dspark_agent.cli.chat_commands import read_history
     from dspark_agent.cli.chat_loop import Chat, Desk
 
     toolsets = chosen_toolsets(workspace, tool)
     start = None if history is None else read_history(history)
-    desk = Desk()
-    if workspace is not None and not yes:
-        free = harmless_tools(workspace)
-        toolsets = [confirmed(toolset, desk.confirm, free=free) for toolset in toolsets]
+    names = [name for toolset in toolsets for name in toolset.tools]
+    desk = Desk(names if workspace is None or yes else harmless_tools(workspace))
     agent = Agent(
         open_model(model, precision=precision, threads=threads, base_url=base_url),
+        output_type=str | DeferredToolRequests,
         instructions=instructions,
-        toolsets=toolsets,
+        toolsets=[
+            toolset.approval_required(lambda ctx, args: desk.asks(ctx.tool_name))
+            for toolset in toolsets
+        ],
         model_settings=ModelSettings(max_tokens=max_tokens, temperature=temperature, seed=seed),
         limits=UsageLimits(request_limit=None),
     )

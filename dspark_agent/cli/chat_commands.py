@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 from rich.markup import escape
 
-from dspark_agent.cli.approval import ConfirmedTool
 from dspark_agent.cli.boundary import UsageError
 from dspark_agent.cli.console import err, out, plain
 from dspark_agent.cli.latency import latency_table
@@ -34,12 +33,14 @@ class Leave:
 
 @dataclass(slots=True)
 class Talk:
-    """A conversation as its commands see it. ``ask`` has a question answered."""
+    """A conversation as its commands see it. ``asks`` says whether a tool's calls wait for the
+    user's word; ``ask`` has a question answered."""
 
-    session: Session[Any, str]
+    session: Session[Any, Any]
     portal: BlockingPortal
     tools: Mapping[str, Tool[Any]]
-    ask: Callable[[Session[Any, str], str], None]
+    asks: Callable[[str], bool]
+    ask: Callable[[Session[Any, Any], str], None]
     marks: list[tuple[str, SessionMark]] = field(default_factory=list)
 
     def say(self, said: str) -> None:
@@ -95,7 +96,7 @@ def _tools(talk: Talk, argument: str) -> None:
     if not talk.tools:
         out().print("none: start the chat with --workspace FOLDER, and --tool for more")
     for tool in talk.tools.values():
-        mark = "?" if isinstance(tool, ConfirmedTool) else " "
+        mark = "?" if talk.asks(tool.name) else " "
         summary = tool.definition.description.partition("\n")[0]
         out().print(plain(f"{mark} {tool.name:<18} {summary}"), soft_wrap=True)
 

@@ -52,9 +52,11 @@ class RunBegun(_Entry):
 
 
 class Instructions(_Entry):
-    """The agent's instructions as its functions gave them when the run began."""
+    """An agent's instructions as its functions gave them before step ``step``: when the run began,
+    or when the agent took over."""
 
     kind: Literal["instructions"] = "instructions"
+    step: int
     text: str
 
 

@@ -111,13 +111,6 @@ class RunRecord:
             )
         return known.prompt, known.history
 
-    async def instructions(self, text: str | None) -> str | None:
-        """The recorded instructions; ``text``, once recorded, where it is given."""
-        if text is not None:
-            await self.write(Instructions(text=text))
-        known = self.find(Instructions)
-        return None if known is None else known.text
-
     async def end(self) -> None:
         """Write that the run has its output."""
         if self.find(RunEnded) is None:
@@ -178,11 +171,11 @@ def _key(entry: JournalEntry) -> tuple[object, ...]:
     match entry:
         case ToolBegun() | ToolEnded():
             return type(entry), entry.step, entry.approved, entry.index
-        case ModelOutput() | StepEnded() | Decided():
+        case Instructions() | ModelOutput() | StepEnded() | Decided():
             return type(entry), entry.step
         case Compacted():
             return Compacted, entry.number
-        case RunBegun() | Instructions() | RunEnded():
+        case RunBegun() | RunEnded():
             return (type(entry),)
 
 

@@ -38,12 +38,13 @@ class RecordedSession(ModelSession):
 
     The model is opened at the first turn that the journal does not have, from the token log that
     the recorded turns left, if they are ``log_owner``'s. The first turn is that of ``step``;
-    ``said`` are the messages, ``log`` the tokens, that the conversation begins with.
+    ``said`` are the messages, ``log`` the tokens, that the conversation begins with. A fork has no
+    ``record``; marks of what it was forked from are its own, too.
     """
 
     def __init__(
         self,
-        record: RunRecord,
+        record: RunRecord | None,
         open_model: OpenModel,
         *,
         step: int,
@@ -58,6 +59,7 @@ class RecordedSession(ModelSession):
         self._log = log
         self._step = step
         self._live: ModelSession | None = None
+        self._origin: ModelSession | None = None
         self._heard = 0
 
     @property
@@ -71,13 +73,16 @@ class RecordedSession(ModelSession):
     @property
     def is_recorded(self) -> bool:
         """Whether the journal has the next turn."""
-        return self._record.find(ModelOutput, self._step) is not None
+        return self._known() is not None
+
+    def _known(self) -> ModelOutput | None:
+        return None if self._record is None else self._record.find(ModelOutput, self._step)
 
     async def step(
         self, messages: Sequence[ModelRequest | ModelResponse], turn: ModelTurn, emit: Emit
     ) -> ModelResponse:
         request = fingerprint(messages, turn)
-        known = self._record.find(ModelOutput, self._step)
+        known = self._known()
         if known is None:
             output = await self._ask(messages, turn, emit, request)
             heard = len(self._said) + len(messages) + 1
@@ -110,12 +115,9 @@ class RecordedSession(ModelSession):
             kept=kept,
             tokens=tokens,
         )
-        await self._record.write(output)
+        if self._record is not None:
+            await self._record.write(output)
         return output
-
-    async def anticipate(self, calls: Sequence[ToolCallPart], turn: ModelTurn) -> None:
-        if self._live is not None:
-            await self._live.anticipate(calls, turn)
 
     async def live(self) -> ModelSession:
         """The model's side, opened if it was not."""
@@ -124,7 +126,12 @@ class RecordedSession(ModelSession):
             self._heard = len(self._said) if self._log else 0
         return self._live
 
+    async def anticipate(self, calls: Sequence[ToolCallPart], turn: ModelTurn) -> None:
+        if self._live is not None:
+            await self._live.anticipate(calls, turn)
+
     def _check(self, known: ModelOutput, request: str) -> None:
+        assert self._record is not None
         if known.request != request:
             raise JournalError(
                 f"{self._record.where}: what the model is asked in step {self._step} is not what "
@@ -147,7 +154,8 @@ class RecordedSession(ModelSession):
         assert isinstance(mark, _Mark)
         del self._said[mark.said :]
         self._step, self._log = mark.step, mark.log
-        if self._live is not None and self._live is mark.live:
+        own = mark.live is not None and (mark.live is self._live or mark.live is self._origin)
+        if self._live is not None and own:
             await self._live.rollback(mark.live_mark)
             self._heard = mark.heard
         else:
@@ -155,62 +163,21 @@ class RecordedSession(ModelSession):
 
     async def fork(self) -> ModelSession:
         """A copy that is not recorded: what it is used for (a summary, a tool) is, as a whole."""
-        return _Aside(await (await self.live()).fork(), self._said[self._heard :])
-
-    async def fork_at(self, mark: object) -> ModelSession:
-        """Also not recorded. Where the model's side has not heard what was said at ``mark`` (the
-        journal had it), it is opened anew from the token log of that moment."""
-        assert isinstance(mark, _Mark)
-        if mark.live is not None and mark.live is self._live:
-            live = await self._live.fork_at(mark.live_mark)
-            return _Aside(live, self._said[mark.heard : mark.said])
-        live = await self._open_model(mark.log)
-        return _Aside(live, () if mark.log else self._said[: mark.said])
+        child = RecordedSession(
+            None,
+            self._open_model,
+            step=self._step,
+            said=self._said,
+            log=self._log,
+            log_owner=self._log_owner,
+        )
+        if self._live is not None:
+            child._live, child._origin = await self._live.fork(), self._live
+            child._heard = self._heard
+        return child
 
     async def close(self) -> None:
         await self._leave()
-
-
-class _Aside(ModelSession):
-    """A session off the record, told first what the one that it was forked from had not heard."""
-
-    def __init__(
-        self, session: ModelSession, unheard: Sequence[ModelRequest | ModelResponse]
-    ) -> None:
-        self._session = session
-        self._unheard = tuple(unheard)
-
-    @property
-    def token_log(self) -> TokenLog:
-        return self._session.token_log
-
-    @property
-    def context_window(self) -> int | None:
-        return self._session.context_window
-
-    async def step(
-        self, messages: Sequence[ModelRequest | ModelResponse], turn: ModelTurn, emit: Emit
-    ) -> ModelResponse:
-        response = await self._session.step([*self._unheard, *messages], turn, emit)
-        self._unheard = ()
-        return response
-
-    async def anticipate(self, calls: Sequence[ToolCallPart], turn: ModelTurn) -> None:
-        await self._session.anticipate(calls, turn)
-
-    def mark(self) -> object:
-        return self._unheard, self._session.mark()
-
-    async def rollback(self, mark: object) -> None:
-        assert isinstance(mark, tuple)
-        self._unheard, live_mark = mark
-        await self._session.rollback(live_mark)
-
-    async def fork(self) -> ModelSession:
-        return _Aside(await self._session.fork(), self._unheard)
-
-    async def close(self) -> None:
-        await self._session.close()
 
 
 async def _emit_again(response: ModelResponse, emit: Emit) -> None:

@@ -135,12 +135,6 @@ class ModelSession(ABC):
     async def fork(self) -> ModelSession:
         """An independent conversation that starts with everything said in this one."""
 
-    async def fork_at(self, mark: object) -> ModelSession:
-        """:meth:`fork`, but from where the conversation stood at ``mark``."""
-        forked = await self.fork()
-        await forked.rollback(mark)
-        return forked
-
     @property
     def token_log(self) -> tuple[int, ...] | None:
         """The tokens of the conversation so far, where the model keeps them."""

@@ -177,6 +177,31 @@ def test_tools_that_only_read_do_not_ask(chat: Chat, tmp_path: Path) -> None:
     assert re.search(r"^ {2}read_file", shown, re.MULTILINE)
 
 
+def test_an_answer_that_has_no_turn_left_asks_nothing_and_refuses_the_call(
+    chat: Chat, tmp_path: Path
+) -> None:
+    options = ("--workspace", str(tmp_path), "--tool", "edit", "--max-steps", "1")
+    shown, complaints = chat(FunctionModel(writer), "do it", "/history", options=options)
+    assert "request_limit of 1 reached" in complaints.replace("\n", " ")
+    assert "allow?" not in shown
+    assert not (tmp_path / "a.txt").exists()
+
+
+def test_a_chat_saved_at_a_question_goes_on_with_the_call_refused(
+    chat: Chat, tmp_path: Path
+) -> None:
+    options = ("--workspace", str(tmp_path), "--tool", "edit")
+    file = tmp_path / "chat.json"
+    chat(FunctionModel(writer), "do it", f"/save {file}", options=(*options, "--max-steps", "1"))
+
+    def last(messages: Messages, turn: ModelTurn) -> str:
+        return " / ".join(str(part.content) for part in messages[-1].parts)
+
+    shown, _ = chat(FunctionModel(last), "go on", options=(*options, "--history", str(file)))
+    assert "not allowed: the user stopped the answer / go on" in shown
+    assert not (tmp_path / "a.txt").exists()
+
+
 def test_an_answer_that_fails_leaves_a_chat_to_go_on_with(chat: Chat, tmp_path: Path) -> None:
     def looper(messages: Messages, turn: ModelTurn) -> Any:
         last = messages[-1].parts[-1]
@@ -314,7 +339,7 @@ def test_ctrl_c_at_a_question_of_a_tool_refuses_it_and_stops(tmp_path: Path) -> 
         term.type("write\n")
         term.expect("and why: $")
         term.type("yes\n")
-        term.expect("heard 1: write")
+        term.expect("heard 2: write")
         assert (tmp_path / "a.txt").read_text() == "x"
 
 

@@ -92,6 +92,17 @@ def test_the_install_commands_name_extras_that_exist() -> None:
     assert extras == set(project["optional-dependencies"])
 
 
+def test_every_feature_is_shown_by_a_test_of_that_name() -> None:
+    rows = re.findall(r"^\| [^|]+ \| (.*?) \|", (ROOT / "docs" / "features.md").read_text(), re.M)
+    shown = [row for row in rows if row not in ("here", "---")]
+    assert len(shown) >= 40
+    for row in shown:
+        link = re.fullmatch(r"\[([\w ]+)\]\(\.\./(tests/[\w/]+\.py)\)", row)
+        assert link, row
+        name = f"test_{link[1].replace(' ', '_')}"
+        assert re.search(rf"def {name}\(", (ROOT / link[2]).read_text()), name
+
+
 def test_every_dependency_is_pinned() -> None:
     def name(requirement: str) -> str:
         return re.split(r"[<>=~!;\[ ]", requirement, maxsplit=1)[0].lower().replace("_", "-")

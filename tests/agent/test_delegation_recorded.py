@@ -93,13 +93,6 @@ async def test_a_fork_in_a_recorded_run_starts_before_its_step(tmp_path: Path, f
     assert len(boss.heard[1]) == 1
 
 
-async def test_a_journal_keeps_the_run_of_one_agent(tmp_path: Path) -> None:
-    agent = Agent(TestModel(), name="triage", tools=[Handoff(Agent(TestModel(), name="other"))])
-    journal = SqliteJournal(tmp_path / "runs.db")
-    with pytest.raises(UserError, match="'triage' has the handoff 'transfer_to_other'"):
-        await agent.run("Go", journal=journal, run_id="one")
-
-
 async def test_a_part_cannot_wait_for_an_approval() -> None:
     def delete() -> None:
         """Delete."""

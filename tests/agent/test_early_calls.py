@@ -264,6 +264,27 @@ async def test_observers_see_an_early_call_beside_the_turn_and_not_inside_it() -
     assert [tool.part for tool in result.trace.tools] == list(result.tool_results)
 
 
+async def test_a_fork_in_an_early_call_waits_until_the_turn_is_written() -> None:
+    log: list[str] = []
+    asked = anyio.Event()
+
+    async def aside(ctx: RunContext[Any]) -> str:
+        """Think aside."""
+        asked.set()
+        async with await ctx.fork() as fork:
+            log.append("forked")
+            return f"{len(fork.messages)} messages"
+
+    async def written() -> None:
+        await asked.wait()
+        await anyio.sleep(0.02)
+        log.append("written")
+
+    result = await step(Staged(call("aside"), written), aside)
+    assert log == ["written", "forked"]
+    assert result.tool_result == "1 messages"
+
+
 async def test_a_call_that_asks_for_approval_while_it_runs_early_pauses_the_run() -> None:
     async def drop() -> None:
         """Drop."""
