@@ -24,7 +24,12 @@ class StorageName(StrEnum):
     INT8 = "int8"
 
 
+# What a drafter to go on from has settled already.
+_SHAPE = ("layers", "block_size", "head", "rank", "draft_vocab", "taps")
+
+
 def train(
+    context: typer.Context,
     model: Annotated[str, typer.Option("--model", "-m", help="Known name, path or hub id.")],
     prompts: Annotated[
         Path, typer.Option(help="JSON lines with `messages` (and `tools`, `source`).")
@@ -41,6 +46,10 @@ def train(
     ] = 12_288,
     taps: Annotated[
         str | None, typer.Option(help="Target layers read, such as 2,14,27; spread when left out.")
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="A drafter to go on from; its shape and vocabulary stay."),
     ] = None,
     answer_tokens: Annotated[int, typer.Option(min=1, help="To roll out for training.")] = 200_000,
     held_out_tokens: Annotated[int, typer.Option(min=1, help="To roll out and hold out.")] = 20_000,
@@ -81,10 +90,13 @@ def train(
     from dspark_backend.training.rollout import RolloutConfig
     from dspark_backend.training.trainer import TrainerConfig
 
+    if start is not None:
+        _refuse_shape(context)
     config = TrainConfig(
         model=model,
         prompts=prompts,
         out=out_folder,
+        start=start,
         layers=layers,
         block_size=block_size,
         head=HeadType(head.value),
@@ -121,6 +133,16 @@ def train(
         evaluation = run(config, watchers)
     print_figures(out(), "held-out prompts, temperature 0", evaluation)
     err().print(f"[note]{out_folder / 'drafter'}[/]")
+
+
+def _refuse_shape(context: typer.Context) -> None:
+    for name in _SHAPE:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(
+                "the drafter of --start has its own; leave this option out",
+                param_hint="--" + name.replace("_", "-"),
+            )
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:

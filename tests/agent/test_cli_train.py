@@ -57,6 +57,17 @@ def test_a_drafter_is_trained_then_judged(
     assert plots == {"eval-acceptance.png", "eval-reliability-0.png", "eval-reliability-1.png"}
 
 
+def test_a_drafter_to_go_on_from_settles_the_shape(
+    cli: typer.Typer, prompts: Path, tmp_path: Path
+) -> None:
+    rest = ["--model", "m", "--prompts", str(prompts), "--out", str(tmp_path / "run")]
+    start = ["--start", str(tmp_path)]
+    done = CliRunner().invoke(cli, ["train", *rest, *start, "--block-size", "5"])
+    assert done.exit_code == 2
+    assert "--block-size" in done.output
+    assert "--start" in done.output
+
+
 def test_taps_that_are_no_numbers_are_refused(cli: typer.Typer, prompts: Path) -> None:
     done = CliRunner().invoke(
         cli, ["train", "-m", "x", "--prompts", str(prompts), "--out", "o", "--taps", "two"]

@@ -6,6 +6,7 @@ Ours besides: ``d2t`` (the draft vocabulary), ``calibration.json``, and matrices
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -70,6 +71,14 @@ class DrafterFiles:
     def state(self) -> dict[str, Tensor]:
         """All trained tensors as float32, for ``DraftModel.load_state_dict``."""
         return {name: self.get(name) for name in trained_shapes(self.config)}
+
+    def digest(self) -> str:
+        """sha256 over names and values of the trained tensors: what a continued run began with."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state().items()):
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
 
 def open_drafter(folder: Path, target: TargetConfig) -> DrafterFiles:

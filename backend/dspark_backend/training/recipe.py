@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dspark_backend.catalog import ModelFiles, resolve
-from dspark_backend.drafter.checkpoint import Storage, write_drafter
+from dspark_backend.drafter.checkpoint import DrafterFiles, Storage, open_drafter, write_drafter
 from dspark_backend.drafter.config import DrafterConfig, HeadType
 from dspark_backend.drafter.model import DraftModel
 from dspark_backend.engine import Engine
@@ -44,6 +44,8 @@ class TrainConfig:
     such as steps of agents (``training/recording.py``); the same share of them is held out.
     ``taps`` None spreads three over the target's depth, ``mask_token_id`` None takes an unused
     row, ``draft_vocab`` None keeps the whole vocabulary.
+    ``start`` is the folder of a drafter to go on from, such as a shipped one that is to learn an
+    agent's own steps: its shape, taps and vocabulary stay, and the fields for them are not read.
     ``device`` is where the drafter is trained; ``threads`` and ``precision`` are the engine's.
     """
 
@@ -60,6 +62,7 @@ class TrainConfig:
     held_out: float = 0.05
     first_sources: tuple[str, ...] = ()
     recorded: tuple[Path, ...] = ()
+    start: Path | None = None
     answer_tokens: int = 200_000
     held_out_tokens: int = 20_000
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -89,22 +92,35 @@ def train(config: TrainConfig, watchers: Watchers | None = None) -> Evaluation:
 
     Raises:
         TrainingError: prompts, rollouts or settings that cannot be used.
+        ModelFormatError: ``start`` is no drafter, or one for another target.
         BackendError: the model cannot be loaded, or a step died.
     """
     watch = watchers or Watchers()
     files = resolve(config.model)
+    # Before hours of rollouts: a start that does not fit is known now.
+    start = None if config.start is None else open_drafter(config.start, files.config)
     training, held = _rollouts(config, files, watch)
-    d2t = _vocabulary(config, files, training)
-    drafter = drafter_config(config, files, training)
+    if start is None:
+        d2t = _vocabulary(config, files, training)
+        drafter = drafter_config(config, files, training)
+    else:
+        d2t, drafter = start.d2t, start.config
     device = torch.device(config.device)
-    model = _model(config, files, drafter, d2t).to(device)
+    model = _model(config, files, drafter, d2t, start).to(device)
     source = FeatureMemory(_features(config, files, drafter, d2t, device), config.feature_bytes)
     ids = draft_ids(d2t, files.config.vocab_size)
 
     _stage(watch, "train")
     torch.set_num_threads(_threads(config))
     trainer = Trainer(
-        model, training, source, model.lm_head, ids, config.trainer, config.out / "state"
+        model,
+        training,
+        source,
+        model.lm_head,
+        ids,
+        config.trainer,
+        config.out / "state",
+        origin=None if start is None else start.digest(),
     )
     trainer.run(watch.on_step)
 
@@ -223,7 +239,11 @@ def _mask_token(config: TrainConfig, files: ModelFiles, rollouts: list[Rollout])
 
 
 def _model(
-    config: TrainConfig, files: ModelFiles, drafter: DrafterConfig, d2t: Tensor | None
+    config: TrainConfig,
+    files: ModelFiles,
+    drafter: DrafterConfig,
+    d2t: Tensor | None,
+    start: DrafterFiles | None,
 ) -> DraftModel:
     store = files.tensors()
     embedding = store.get("model.embed_tokens.weight")
@@ -233,7 +253,10 @@ def _model(
     dtype = torch.bfloat16 if config.trainer.bf16 else torch.float32
     longest = config.rollout.max_prompt_tokens + config.rollout.max_answer_tokens
     model = DraftModel(drafter, embedding.clone(), rows.to(dtype), longest + drafter.block_size)
-    warm_start(model, store, config.trainer.seed)
+    if start is None:
+        warm_start(model, store, config.trainer.seed)
+    else:
+        model.load_state_dict(start.state())
     return model
 
 

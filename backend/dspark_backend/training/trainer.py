@@ -64,7 +64,8 @@ class Trainer:
     """Trains ``model`` on ``rollouts``; everything a step does follows from seed and step number.
 
     ``target_head`` [output_size, d]: the target's LM head over the draft vocabulary; ``draft_ids``
-    int64 [V]. The model's device is where it is trained.
+    int64 [V]. The model's device is where it is trained. ``origin`` names the weights that the run
+    began with, where those are not the target's: a state of a run from elsewhere is refused.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Trainer:
         draft_ids: Tensor,
         config: TrainerConfig,
         state_folder: Path | None = None,
+        origin: str | None = None,
     ) -> None:
         """Raises TrainingError where no rollout has two answer tokens, or for a foreign state."""
         self.rollouts = [rollout for rollout in rollouts if len(rollout.answer) >= 2]
@@ -91,6 +93,7 @@ class Trainer:
             model.parameters(), lr=config.peak_rate, weight_decay=0.0, fused=True
         )
         self._folder = state_folder
+        self._origin = origin
         self.step = 0
         if state_folder is not None:
             self.step = load_state(state_folder, self._settings(), model, self._optimiser)
@@ -152,6 +155,6 @@ class Trainer:
         own = {name: value for name, value in asdict(self.config).items() if name != "save_every"}
         keys = hashlib.sha256(" ".join(rollout.key for rollout in self.rollouts).encode())
         drafter = self.model.config.to_dict()
-        settings = {**own, "rollouts": keys.hexdigest(), "drafter": drafter}
+        settings = {**own, "rollouts": keys.hexdigest(), "drafter": drafter, "origin": self._origin}
         as_read: dict[str, Any] = json.loads(json.dumps(settings))
         return as_read

@@ -12,6 +12,8 @@ import torch
 
 from dspark_backend.catalog import ModelFiles
 from dspark_backend.drafter.checkpoint import open_drafter
+from dspark_backend.drafter.shipped import shipped_drafter
+from dspark_backend.errors import ModelFormatError
 from dspark_backend.request import StepKind, StepRequest
 from dspark_backend.training.errors import TrainingError
 from dspark_backend.training.evaluate import Evaluation
@@ -85,6 +87,42 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     train(other)
     a, b = (open_drafter(c.out / "drafter", tiny_files.config).state() for c in (config, other))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_goes_on_from_a_drafter(
+    config: TrainConfig, tiny_files: ModelFiles, tmp_path: Path
+) -> None:
+    train(config)
+    first = config.out / "drafter"
+    # Neither its shape nor its vocabulary is asked for again, and a rate of 0 moves nothing.
+    still = replace(config.trainer, steps=1, peak_rate=0.0)
+    same = replace(
+        config, start=first, out=tmp_path / "same", trainer=still, layers=2, draft_vocab=100
+    )
+    train(same)
+    a, b = (open_drafter(c.out / "drafter", tiny_files.config) for c in (config, same))
+    assert b.config == a.config
+    assert a.d2t is not None
+    assert b.d2t is not None
+    assert torch.equal(a.d2t, b.d2t)
+    assert all(torch.equal(tensor, b.get(name)) for name, tensor in a.state().items())
+
+    further = replace(config, start=first, out=tmp_path / "further")
+    train(further)
+    c = open_drafter(further.out / "drafter", tiny_files.config)
+    assert not torch.equal(a.get("fc.weight"), c.get("fc.weight"))
+    with pytest.raises(TrainingError, match="origin"):
+        train(replace(further, start=further.out / "drafter"))
+
+
+def test_a_start_of_another_target_is_refused_before_anything_is_written(
+    config: TrainConfig,
+) -> None:
+    foreign = shipped_drafter("smollm2-135m")
+    assert foreign is not None
+    with pytest.raises(ModelFormatError, match="smollm2-135m"):
+        train(replace(config, start=foreign))
+    assert not config.out.exists()
 
 
 def test_a_run_needs_prompts_that_it_may_hold_out(config: TrainConfig) -> None:
