@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,6 +28,7 @@ from dspark_backend.grammar.compile import Grammar
 from dspark_backend.grammar.dialect import Dialect, dialect_for
 from dspark_backend.handle import StepHandle
 from dspark_backend.kernels import jit
+from dspark_backend.kernels.apart import apart
 from dspark_backend.kv.contiguous import SequenceKV
 from dspark_backend.kv.pool import SequencePool
 from dspark_backend.loop import StepLoop
@@ -49,8 +50,6 @@ from dspark_backend.target.precision import Precision, default_precision
 
 if TYPE_CHECKING:
     from dspark_backend.grammar.spec import TurnSpec
-
-T = TypeVar("T")
 
 DEFAULT_CONTEXT = 8192
 DEFAULT_KV_BYTES = 2 * 2**30
@@ -176,7 +175,7 @@ class Engine:
                 files, decoder, chosen, workers, kv_bytes, bounds, drafting, budget, known, signals
             )
 
-        return _apart(build)
+        return apart(build)
 
     # -- the public side ---------------------------------------------------------------------
 
@@ -367,31 +366,6 @@ class Engine:
                 f"the grammar was compiled for {request.grammar.words * 32} tokens, the model "
                 f"has {self.config.vocab_size}: compile it with this engine"
             )
-
-
-def _apart(build: Callable[[], T]) -> T:
-    """Run ``build`` in a thread that then ends.
-
-    An OpenMP runtime keeps a team of threads for every thread that ever computed in parallel, and
-    lets all teams sleep between products as soon as their threads outnumber the cores: waking them
-    doubles the time of a pass. So only the engine's own thread may have a team.
-    """
-    built: list[T] = []
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            built.append(build())
-        except BaseException as error:
-            failure.append(error)
-
-    # A daemon: Ctrl-C in a long download must end the process, not wait for the download.
-    thread = threading.Thread(target=run, name="dspark-load", daemon=True)
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return built[0]
 
 
 def _drafter_folder(
