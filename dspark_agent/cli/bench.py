@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from dspark_agent.cli.bench_ablation import ablation
 from dspark_agent.cli.bench_options import Drafter, Json, Limit, Model, Precision, Threads
 from dspark_agent.cli.bench_pareto import pareto
 from dspark_agent.cli.bench_report import counter, write_report
@@ -259,3 +260,4 @@ def overhead(
 
 
 app.command()(pareto)
+app.command()(ablation)

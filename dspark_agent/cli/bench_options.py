@@ -23,3 +23,11 @@ Threads = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first K lines of the file.")]
 Json = Annotated[Path, typer.Option("--json", help="Where the report goes.")]
+Traces = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trace",
+        help="JSON-lines file of recorded runs, or the name of one that ships; may be repeated. "
+        "All that ship when left out.",
+    ),
+]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dspark_agent.cli.bench_options import Drafter, Json, Limit, Model, Precision, Threads
+from dspark_agent.cli.bench_options import Drafter, Json, Limit, Model, Precision, Threads, Traces
 from dspark_agent.cli.bench_report import counter, write_report
 from dspark_agent.cli.console import check_writable, err, out
 from dspark_agent.cli.progress import model_bars
@@ -16,13 +16,7 @@ from dspark_agent.cli.progress import model_bars
 def pareto(
     model: Model,
     json_file: Json,
-    trace: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="JSON-lines file of recorded runs, or the name of one that ships; may be repeated."
-            " All that ship when left out."
-        ),
-    ] = None,
+    trace: Traces = None,
     limit: Limit = None,
     concurrency: Annotated[
         str, typer.Option(help="Agents at once, with commas between.")
