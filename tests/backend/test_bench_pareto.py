@@ -36,6 +36,7 @@ from dspark_backend.bench.pareto_report import (
 from dspark_backend.bench.pareto_view import leads_table, pareto_table, plot_pareto
 from dspark_backend.bench.steps import StepsSettings, run_steps
 from dspark_backend.bench.trace import TraceRun, read_trace
+from dspark_backend.engine import DEFAULT_KV_BYTES
 from dspark_backend.metrics import EngineMetrics
 from dspark_backend.speculation.account import CycleAccount
 from dspark_backend.speculation.candidate import BudgetError
@@ -142,6 +143,18 @@ def crowd(model: str, trace: Path) -> Iterator[CrowdWorker]:
     base = crowd_spec(Subject.of(model), Terms(threads=1), read_trace(trace), 4)
     with CrowdWorker("plain", contestant("plain", base, None)) as worker:
         yield worker
+
+
+def test_every_agent_has_memory_for_the_longest_run(
+    model: str, trace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject, traces = Subject.of(model), read_trace(trace)
+    assert crowd_spec(subject, Terms(), traces, 1).kv_bytes == DEFAULT_KV_BYTES
+    monkeypatch.setattr("dspark_backend.bench.pareto.DEFAULT_KV_BYTES", 0)
+    granted = crowd_spec(subject, Terms(), traces, 8)
+    assert granted.kv_bytes is not None
+    position = 2 * 2 * 2 * 16 * 4  # keys and values of two layers, two heads of 16 floats
+    assert granted.kv_bytes >= 8 * granted.max_context * position
 
 
 @pytest.mark.parametrize("agents", [1, 4])
