@@ -9,6 +9,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from itertools import pairwise
+from math import ceil, log10
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ class Plot:
         for x, y in points:
             column, row = self._x(x), self._y(y)
             self.pixels[row - 3 : row + 4, column - 3 : column + 4] = colour
-        self._text(name, _WIDTH - 130, 16 + 14 * number, colour)
+        self._text(name, _legend_column(name), 16 + 14 * number, colour)
 
     def write(self, path: Path) -> None:
         """Write the picture as an 8-bit RGB PNG."""
@@ -104,6 +105,17 @@ class Plot:
                         y, x = row + down * _SCALE, column + right * _SCALE
                         self.pixels[y : y + _SCALE, x : x + _SCALE] = colour
             column += 4 * _SCALE
+
+
+def _legend_column(name: str) -> int:
+    """Where a name starts so that all of it is on the picture."""
+    return min(_WIDTH - 130, _WIDTH - 4 * _SCALE * (len(name) + 1))
+
+
+def rounded_up(value: float) -> float:
+    """To the next 1, 2 or 5 times a power of ten: axes of five equal parts read well then."""
+    power = 10.0 ** ceil(log10(value)) / 10
+    return next(power * step for step in (1, 2, 5, 10) if power * step >= value)
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from dspark_agent.cli.bench_ablation import ablation
+from dspark_agent.cli.bench_options import Drafter, Json, Limit, Model, Precision, Threads
+from dspark_agent.cli.bench_pareto import pareto
+from dspark_agent.cli.bench_report import counter, write_report
 from dspark_agent.cli.console import check_writable, err, out
 from dspark_agent.cli.progress import model_bars
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
 
 app = typer.Typer(
     help="Measure, as ratios within one run. Leave the machine alone meanwhile.",
     no_args_is_help=True,
 )
-
-
-Counted = Callable[[int, int], None]
 
 
 class Switch(StrEnum):
@@ -48,26 +43,10 @@ class StepsPeerName(StrEnum):
     PREFIX_THROUGHPUT = "prefix_throughput"
 
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Known name, path or hub id.")]
-Precision = Annotated[
-    str | None,
-    typer.Option(help="bf16, int8 or int8x16; the model's measured best when left out."),
-]
 Speculation = Annotated[Switch, typer.Option(help="Speculative decoding, of our engine alone.")]
-Drafter = Annotated[
-    Path | None,
-    typer.Option(
-        exists=True, file_okay=False, help="Drafter's folder; the one that ships when left out."
-    ),
-]
 Policy = Annotated[
     str | None, typer.Option(help="Budget policy, such as step_aware (the default) or fixed-4.")
 ]
-Threads = Annotated[
-    int | None, typer.Option(min=1, help="For all contenders; all usable cores when left out.")
-]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only the first K lines of the file.")]
-Json = Annotated[Path, typer.Option("--json", help="Where the report goes.")]
 
 
 @app.command()
@@ -113,10 +92,10 @@ def decode(
         ),
     )
     check_writable(json_file)
-    with model_bars() as downloads, _counter("samples") as counted:
+    with model_bars() as downloads, counter("samples") as counted:
         report = run_decode(settings, progress=downloads, on_sample=counted)
     out().print(decode_table(report))
-    _write(report, json_file)
+    write_report(report, json_file)
 
 
 @app.command()
@@ -160,7 +139,7 @@ def steps(
         ),
     )
     check_writable(json_file)
-    with model_bars() as downloads, _counter("steps") as counted:
+    with model_bars() as downloads, counter("steps") as counted:
         report = run_steps(settings, progress=downloads, on_step=counted)
     out().print(steps_table(report))
     if explain:
@@ -168,7 +147,7 @@ def steps(
         from dspark_backend.catalog import resolve
 
         out().print(explain_table(report, resolve(model).tokenizer()))
-    _write(report, json_file)
+    write_report(report, json_file)
 
 
 @app.command()
@@ -190,10 +169,10 @@ def quality(
         model=model, precision=precision, text=text, max_tokens=tokens, threads=threads
     )
     check_writable(json_file)
-    with model_bars() as downloads, _counter("tokens") as counted:
+    with model_bars() as downloads, counter("tokens") as counted:
         report = run_quality(settings, progress=downloads, on_tokens=counted)
     out().print(quality_table(report))
-    _write(report, json_file)
+    write_report(report, json_file)
 
 
 @app.command()
@@ -217,7 +196,7 @@ def cost(
     with model_bars() as downloads:
         report = run_cost(settings, progress=downloads)
     out().print(cost_table(report))
-    _write(report, json_file)
+    write_report(report, json_file)
     plot = json_file.with_suffix(".png")
     plot_cost(report, plot)
     err().print(f"[note]wrote {plot}[/]")
@@ -258,10 +237,10 @@ def simulate(
         seed=seed,
     )
     check_writable(json_file)
-    with _counter("replays") as counted:
+    with counter("replays") as counted:
         report = run_simulate(settings, on_replay=counted)
     out().print(simulate_table(report))
-    _write(report, json_file)
+    write_report(report, json_file)
 
 
 @app.command()
@@ -274,33 +253,11 @@ def overhead(
     from dspark_agent.cli.overhead import OverheadSettings, overhead_table, run_overhead
 
     check_writable(json_file)
-    with _counter("conversations") as counted:
+    with counter("conversations") as counted:
         report = run_overhead(OverheadSettings(steps=steps, rounds=rounds), on_step=counted)
     out().print(overhead_table(report))
-    _write(report, json_file)
+    write_report(report, json_file)
 
 
-@contextmanager
-def _counter(what: str) -> Iterator[Counted]:
-    """A bar that counts ``what``, drawn from the first report on."""
-    bars = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=err()
-    )
-    tasks: list[TaskID] = []
-
-    def report(done: int, total: int) -> None:
-        if not tasks:
-            tasks.append(bars.add_task(what))
-            bars.start()
-        bars.update(tasks[0], completed=done, total=total)
-
-    try:
-        yield report
-    finally:
-        if tasks:
-            bars.stop()
-
-
-def _write(report: BaseModel, path: Path) -> None:
-    path.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    err().print(f"[note]wrote {path}[/]")
+app.command()(pareto)
+app.command()(ablation)

@@ -13,6 +13,7 @@ from typing import Protocol
 from dspark_backend.grammar.spec import TurnSpec
 from dspark_backend.metrics import EngineMetrics
 from dspark_backend.speculation.account import CycleAccount
+from dspark_backend.speculation.signals import Signals
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,8 @@ class ContenderSpec:
     the file they were converted from; ``end_token_ids`` end a turn; ``dialect`` names how this
     model writes tool calls. ``speculation`` and ``drafter`` (a checkpoint folder; ``None`` for the
     one that ships) are our engine's alone, as are ``policy`` (a budget policy's name, None for the
-    engine's own) and ``copies`` (whether it may copy from the log)."""
+    engine's own), ``signals`` (None for all of them) and ``kv_bytes`` (None for the engine's usual
+    grant)."""
 
     model: str
     folder: Path
@@ -34,7 +36,8 @@ class ContenderSpec:
     speculation: bool = False
     drafter: Path | None = None
     policy: str | None = None
-    copies: bool = True
+    signals: Signals | None = None
+    kv_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from math import ceil, log10
 from pathlib import Path
 from statistics import median
 from typing import Final, Literal
@@ -21,7 +20,7 @@ from dspark_backend.catalog.files import folder_identity
 from dspark_backend.cost_measure import measure, timed
 from dspark_backend.drafter.drafter import DSparkDrafter
 from dspark_backend.drafter.shipped import shipped_drafter
-from dspark_backend.plot import Plot
+from dspark_backend.plot import Plot, rounded_up
 from dspark_backend.processor import usable_cores
 from dspark_backend.rehearsal import Task, sequence, verifying
 from dspark_backend.speculation.cost import CostModel
@@ -144,7 +143,7 @@ def plot_cost(report: CostReport, path: Path) -> None:
         series["draft"] = list(zip(table.anchors, table.draft_s, strict=True))
     highest = max(seconds for points in series.values() for _, seconds in points) * 1e3
     ticks = [n for n in table.rows if n == 1 or n % 8 == 0]
-    plot = Plot("rows", "ms", table.rows[-1] * 1.03, ticks, _rounded_up(highest))
+    plot = Plot("rows", "ms", table.rows[-1] * 1.03, ticks, rounded_up(highest))
     for number, (name, points) in enumerate(series.items()):
         plot.series([(n, 1e3 * seconds) for n, seconds in points], number, name)
     plot.write(path)
@@ -181,9 +180,3 @@ def _checks(
         )
         for name, shape in shapes.items()
     )
-
-
-def _rounded_up(value: float) -> float:
-    """To the next 1, 2 or 5 times a power of ten: axes of five equal parts read well then."""
-    power = 10.0 ** ceil(log10(value)) / 10
-    return next(power * step for step in (1, 2, 5, 10) if power * step >= value)

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 from dspark_backend.bench.contender import ContenderSpec, Turn
 from dspark_backend.bench.errors import BenchError
@@ -15,7 +15,10 @@ from dspark_backend.bench.worker import Worker
 from dspark_backend.catalog import ModelFiles, ProgressSink, resolve
 from dspark_backend.grammar.dialect import Dialect, dialect_for
 from dspark_backend.processor import usable_cores
+from dspark_backend.speculation.signals import Signals
 from dspark_backend.tokenizer import Tokenizer
+
+W = TypeVar("W", bound=Worker)
 
 OURS = "dspark_backend.bench.dspark:DSparkContender"
 OTHERS = {
@@ -81,27 +84,12 @@ class Lineup:
 
     def __init__(self, subject: Subject, terms: Terms, context: int) -> None:
         self.threads = terms.threads or usable_cores()
-        spec = ContenderSpec(
-            model=subject.model,
-            folder=subject.files.folder,
-            gguf=subject.files.gguf,
-            dialect=subject.dialect.name,
-            end_token_ids=tuple(subject.tokenizer.eos_token_ids),
-            precision=terms.precision,
-            threads=self.threads,
-            max_context=_rounded(context, subject.files.config.max_position_embeddings),
-            speculation=terms.speculation,
-            drafter=terms.drafter,
-            policy=terms.policy,
-        )
+        spec = contender_spec(subject, terms, context)
         with ExitStack() as stack:
             # Peers first: what keeps one of them from taking part shows within a second.
             self.peers = {name: stack.enter_context(_peer(name, spec)) for name in terms.peers}
             self.ours = stack.enter_context(Worker("dspark", OURS, spec))
-            warm_up = tuple(subject.tokenizer.encode("Count from one to ten."))
-            for worker in self.all:
-                worker.start()
-                worker.turn(Turn(tokens=warm_up, max_new_tokens=_WARM_UP_TOKENS))
+            warm_up(subject, self.all)
             self._stack = stack.pop_all()
 
     @property
@@ -112,8 +100,7 @@ class Lineup:
     def order(self, index: int) -> list[Worker]:
         """Who goes when on prompt ``index``: each in turn goes first, so that a drift of the
         machine's clock is nobody's advantage."""
-        start = index % len(self.all)
-        return [*self.all[start:], *self.all[:start]]
+        return in_turn(self.all, index)
 
     def __enter__(self) -> Self:
         return self
@@ -127,12 +114,46 @@ class Lineup:
         self._stack.__exit__(kind, error, trace)
 
 
+def contender_spec(subject: Subject, terms: Terms, context: int) -> ContenderSpec:
+    """What our engine is to load on these terms, with room for ``context`` tokens.
+
+    Raises BenchError when the model has no room for that many.
+    """
+    return ContenderSpec(
+        model=subject.model,
+        folder=subject.files.folder,
+        gguf=subject.files.gguf,
+        dialect=subject.dialect.name,
+        end_token_ids=tuple(subject.tokenizer.eos_token_ids),
+        precision=terms.precision,
+        threads=terms.threads or usable_cores(),
+        max_context=_rounded(context, subject.files.config.max_position_embeddings),
+        speculation=terms.speculation,
+        drafter=terms.drafter,
+        policy=terms.policy,
+    )
+
+
+def warm_up(subject: Subject, workers: Sequence[Worker]) -> None:
+    """A few tokens of each, so that nobody's first pass is measured."""
+    tokens = tuple(subject.tokenizer.encode("Count from one to ten."))
+    for worker in workers:
+        worker.start()
+        worker.turn(Turn(tokens=tokens, max_new_tokens=_WARM_UP_TOKENS))
+
+
+def in_turn(workers: Sequence[W], index: int) -> list[W]:
+    """``workers`` from number ``index`` on, and round."""
+    start = index % len(workers)
+    return [*workers[start:], *workers[:start]]
+
+
 def _peer(name: str, spec: ContenderSpec) -> Worker:
     if name == "plain":
         plain = replace(spec, speculation=False, drafter=None, policy=None)
         return Worker(name, OURS, plain)
     if name in OURSELVES:
-        drafting = replace(spec, speculation=True, policy=name, copies=False)
+        drafting = replace(spec, speculation=True, policy=name, signals=Signals.drafts_alone())
         return Worker(name, OURS, drafting)
     return Worker(name, OTHERS[name], spec)
 

@@ -24,6 +24,7 @@ from dspark_backend.bench.trace import NamedTool, TraceRun, TraceStep, read_trac
 from dspark_backend.bench.verdict import judge
 from dspark_backend.bench.worker import Worker
 from dspark_backend.catalog import ProgressSink
+from dspark_backend.grammar.dialect import Dialect
 from dspark_backend.grammar.spec import TurnSpec
 from dspark_backend.request import StepKind
 
@@ -60,7 +61,7 @@ def run_steps(
     """
     traces = read_trace(settings.trace, settings.limit)
     subject = Subject.of(settings.model, progress)
-    context = max(_room(subject, trace) for trace in traces)
+    context = max(room(subject, trace) for trace in traces)
     with Lineup(subject, settings.terms, context) as lineup:
         runs: dict[str, list[StepsRun]] = {worker.name: [] for worker in lineup.all}
         taken, total = 0, len(lineup.all) * sum(len(trace.steps) for trace in traces)
@@ -118,18 +119,23 @@ def turn_spec(trace: TraceRun, step: TraceStep) -> TurnSpec | None:
     return None if spec.kind is StepKind.TEXT else spec
 
 
+def given_tokens(dialect: Dialect, trace: TraceRun, index: int, *, closed: bool) -> tuple[int, ...]:
+    """What goes into the log before step ``index`` of ``trace``; ``closed`` says whether the
+    answer before it ended with an end token."""
+    if index == 0:
+        return tuple(dialect.render_start(trace.opening(), list(trace.tools)))
+    given = [dict(message) for message in trace.steps[index].messages]
+    return tuple(dialect.render_next(given, closed=closed))
+
+
 def _replay(subject: Subject, worker: Worker, trace: TraceRun, *, explain: bool) -> Iterator[Step]:
     worker.start()
     history = 0
     closed = True
     for index, step in enumerate(trace.steps):
-        if index == 0:
-            tokens = subject.dialect.render_start(trace.opening(), list(trace.tools))
-        else:
-            given = [dict(message) for message in step.messages]
-            tokens = subject.dialect.render_next(given, closed=closed)
+        tokens = given_tokens(subject.dialect, trace, index, closed=closed)
         spec = turn_spec(trace, step)
-        sample = worker.turn(Turn(tuple(tokens), step.max_new_tokens, spec, explain=explain))
+        sample = worker.turn(Turn(tokens, step.max_new_tokens, spec, explain=explain))
         yield _step(subject, sample, spec, history)
         history += len(tokens) + len(sample.token_ids)
         closed = bool(sample.token_ids) and sample.token_ids[-1] in subject.tokenizer.eos_token_ids
@@ -146,7 +152,7 @@ def _step(subject: Subject, sample: Sample, spec: TurnSpec | None, history: int)
     )
 
 
-def _room(subject: Subject, trace: TraceRun) -> int:
+def room(subject: Subject, trace: TraceRun) -> int:
     """Tokens that a replay of ``trace`` can take at most: all given text, all answers, and what
     the template writes around each."""
     given = len(subject.dialect.render_start(trace.opening(), list(trace.tools)))

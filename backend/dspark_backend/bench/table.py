@@ -18,7 +18,7 @@ _OURS = "dspark"
 
 def decode_table(report: DecodeReport) -> Table:
     """Medians of every contender and the ratio of ours to theirs."""
-    table = _table(
+    table = report_table(
         f"{report.model}, {len(report.runs)} prompts, {report.threads} threads",
         ("precision", "tok/s", "ttft ms", "tokens/pass", "peak RSS", "ours/theirs"),
     )
@@ -27,11 +27,11 @@ def decode_table(report: DecodeReport) -> Table:
         table.add_row(
             name,
             precision,
-            _number(totals.tok_per_s, ".1f"),
+            number(totals.tok_per_s, ".1f"),
             _milliseconds(totals.ttft_s),
-            _number(totals.accepted_length, ".2f"),
+            number(totals.accepted_length, ".2f"),
             decimal(totals.peak_rss_bytes),
-            "" if name == _OURS else f"{_number(ratio, '.2f')}x",
+            "" if name == _OURS else f"{number(ratio, '.2f')}x",
         )
 
     row(_OURS, report.precision, report.totals, None)
@@ -43,7 +43,7 @@ def decode_table(report: DecodeReport) -> Table:
 def steps_table(report: StepsReport) -> Table:
     """Summed, median and p95 step time by kind for every contender, and the speed-up."""
     steps = sum(len(run.steps) for run in report.runs)
-    table = _table(
+    table = report_table(
         f"{report.model}, {len(report.runs)} runs of {steps} steps, {report.threads} threads",
         ("steps", "sum s", "median ms", "p95 ms", "tokens", "valid", "cached", "speed-up"),
     )
@@ -63,7 +63,7 @@ def steps_table(report: StepsReport) -> Table:
             str(totals.new_tokens),
             f"{totals.valid_share:.0%}",
             "" if totals.cached_share is None else f"{totals.cached_share:.1%}",
-            "" if name == _OURS else f"{_number(speedup, '.2f')}x",
+            "" if name == _OURS else f"{number(speedup, '.2f')}x",
         )
         for kind, spread in totals.step_s.by_kind.items():
             table.add_row(
@@ -75,7 +75,7 @@ def steps_table(report: StepsReport) -> Table:
                 "",
                 "",
                 "",
-                "" if name == _OURS else f"{_number(by_kind.get(kind), '.2f')}x",
+                "" if name == _OURS else f"{number(by_kind.get(kind), '.2f')}x",
             )
 
     row(_OURS, report.totals, None, {})
@@ -86,7 +86,7 @@ def steps_table(report: StepsReport) -> Table:
 
 def quality_table(report: QualityReport) -> Table:
     """Perplexities side by side."""
-    table = _table(
+    table = report_table(
         f"{report.model}, {report.tokens} tokens of {report.text}", ("perplexity", "against bf16")
     )
     table.add_row("bf16", f"{report.reference_perplexity:.3f}", "")
@@ -100,7 +100,7 @@ def quality_table(report: QualityReport) -> Table:
 def cost_table(report: CostReport) -> Table:
     """The measured curve, its slopes, and how far off it is elsewhere."""
     cost = report.table
-    table = _table(
+    table = report_table(
         f"{report.model} in {report.precision}, context {cost.context}, {report.threads} threads",
         ("ms", "ms each", "against one"),
     )
@@ -127,7 +127,7 @@ def simulate_table(report: SimulateReport) -> Table:
     """Every policy at every number of agents: tokens a second of all and of each, over plain
     decoding; then by agent and pass the tokens written, the drafts verified, how many of those
     held, and how often the drafter was called; milliseconds a cycle."""
-    table = _table(
+    table = report_table(
         f"{report.curve} (assumed, not measured), {report.steps} steps, {report.records}",
         ("tok/s", "each", "gain", "tok/\npass", "ver-\nified", "held", "draf-\nted", "ms"),
     )
@@ -151,7 +151,8 @@ def simulate_table(report: SimulateReport) -> Table:
     return table
 
 
-def _table(title: str, columns: tuple[str, ...]) -> Table:
+def report_table(title: str, columns: tuple[str, ...]) -> Table:
+    """An empty table whose first column names the rows and whose others hold figures."""
     table = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, min_width=len(title)
     )
@@ -161,7 +162,8 @@ def _table(title: str, columns: tuple[str, ...]) -> Table:
     return table
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """``value`` in the format ``form``; a dash where there is none."""
     return "-" if value is None else format(value, form)
 
 
