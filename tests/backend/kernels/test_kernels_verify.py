@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -37,7 +39,7 @@ def make_batch(
     dtype: torch.dtype = torch.float32,
     masked: bool = True,
     sampled: bool = True,
-    hit: float = 0.7,
+    hit: float = 0.9,
 ) -> Batch:
     """Random rows whose drafts are, with probability ``hit``, what the row would choose."""
     g = torch.Generator().manual_seed(seed)
@@ -47,6 +49,8 @@ def make_batch(
     words[:, 0] |= 1
     of_row = torch.randint(-1, 3, (rows,), generator=g).int()
     q = torch.softmax(torch.randn(rows, vocab, generator=g, dtype=torch.float64), 1)
+    is_sampled = torch.rand(rows, generator=g) < 0.8
+    q_of_row = torch.where(is_sampled, torch.arange(rows), -1).int()
     batch = Batch(
         logits=(2 * torch.randn(rows, vocab, generator=g)).to(dtype),
         offsets=offsets,
@@ -57,9 +61,8 @@ def make_batch(
         positions=torch.randint(0, 2**20, (requests,), generator=g),
         longest=max(lengths) + 1,
         masks=Masks(words, of_row) if masked else None,
-        q=DraftProbabilities(q, torch.where(torch.rand(rows, generator=g) < 0.7, torch.arange(rows), -1).int())
-        if sampled else None,
-    )  # fmt: skip
+        q=DraftProbabilities(q, q_of_row) if sampled else None,
+    )
     for b in range(requests):
         for row in range(int(offsets[b]), int(offsets[b + 1])):
             if float(torch.rand(1, generator=g)) < hit:
@@ -94,8 +97,9 @@ def check(batch: Batch, block: int = 64) -> tuple[list[int], list[int]]:
 @pytest.mark.parametrize("vocab", SIZES)
 @pytest.mark.parametrize("rule", list(Rule))
 def test_kernels_say_what_the_reference_says(rule: Rule, vocab: int, dtype: torch.dtype) -> None:
+    lengths = [3, 16, 0, 1] if vocab > 100 else [0, 3, 16, 1, 7, 2]
     accepted, _ = check(
-        make_batch(rule, vocab, [0, 3, 16, 1], vocab, dtype=dtype), block=16 if vocab < 100 else 256
+        make_batch(rule, vocab, lengths, vocab, dtype=dtype), 16 if vocab < 100 else 512
     )
     assert max(accepted) > 0
 
@@ -157,3 +161,64 @@ def engine_q(batch: Batch, first: int, n: int) -> torch.Tensor:
         else:
             q[k, int(batch.drafts[first + k])] = 1.0
     return q
+
+
+@pytest.mark.parametrize("rule", list(Rule))
+def test_rows_without_a_usable_maximum_give_no_token(rule: Rule) -> None:
+    """All masked, all -inf, a legal NaN, a legal +inf; and forbidden ones do no harm."""
+    batch = make_batch(rule, 40, [0] * 6, masked=False, sampled=False)
+    words = torch.tensor([[0, 0], [1 << 3, 0], [-1, 0]], dtype=torch.int32)
+    of_row = torch.tensor([0, -1, -1, -1, 1, 2], dtype=torch.int32)
+    batch.logits[1] = -torch.inf
+    batch.logits[2, 7], batch.logits[3, 39] = torch.nan, torch.inf
+    batch.logits[4], batch.logits[4, 3], batch.logits[5, 33] = torch.nan, -1e30, torch.nan
+    batch.logits[5, :32], batch.logits[5, 31] = -3e38, 3e38
+    batch = replace(batch, masks=Masks(words, of_row), temperatures=torch.ones(6))
+    _, tokens = check(batch, 16)
+    assert tokens == [-1, -1, -1, -1, 3, 31]
+
+
+def test_equal_logits_go_to_the_lowest_legal_id() -> None:
+    batch = make_batch(Rule.GREEDY, 130, [1], sampled=False)
+    batch.logits[:] = 2.5
+    batch.drafts[0] = 70
+    masks = Masks(torch.tensor([[0, 0, -64, 0, 0]]).int(), torch.tensor([0, -1]).int())
+    assert check(replace(batch, masks=masks), 32) == ([1], [0])
+
+
+def test_rejection_follows_the_target() -> None:
+    """DSPARK.md, section 6: the first token of a block is a sample of p, whatever q and the mask
+    are; chi-squared over 800 seeds. Sampling p after a rejection instead fails this."""
+    vocab, draws = 5, 800
+    p = torch.tensor([0.55, 0.2, 0.15, 0.1, 0.0], dtype=torch.float64)
+    q = torch.tensor([0.05, 0.1, 0.5, 0.15, 0.2], dtype=torch.float64)
+    drafts = torch.multinomial(
+        q, draws, replacement=True, generator=torch.Generator().manual_seed(1)
+    )
+    rows = torch.stack([drafts, torch.zeros_like(drafts)], 1).reshape(-1).int()
+    batch = Batch(
+        logits=torch.cat([p[:4].log(), torch.tensor([3.0])]).float().repeat(2 * draws, 1),
+        offsets=torch.arange(0, 2 * draws + 1, 2).int(),
+        drafts=rows,
+        rules=torch.full((draws,), int(Rule.REJECTION)).int(),
+        temperatures=torch.ones(draws),
+        seeds=torch.arange(draws),
+        positions=torch.full((draws,), 9),
+        longest=2,
+        masks=Masks(torch.tensor([[0b01111]]).int(), torch.zeros(2 * draws).int()),
+        q=DraftProbabilities(q[None], torch.zeros(2 * draws).int()),
+    )
+    verdict = verify(on_device(batch), block=8)
+    first = torch.where(verdict.accepted.cpu() > 0, drafts, verdict.tokens.cpu())
+    observed = torch.bincount(first.long(), minlength=vocab).double()
+    assert chi_squared(observed, p * draws) < 16.3  # 3 degrees of freedom, one in a thousand
+    # The wrong rule: a fallen draft is replaced by a sample of p. The test must see it.
+    falls = 1 - torch.minimum(p, q).sum()
+    wrong = (torch.minimum(p, q) + falls * p) * draws
+    assert chi_squared(wrong, p * draws) > 16.3
+
+
+def chi_squared(observed: torch.Tensor, expected: torch.Tensor) -> float:
+    possible = expected > 0
+    assert observed[~possible].sum() == 0
+    return float(((observed - expected)[possible] ** 2 / expected[possible]).sum())

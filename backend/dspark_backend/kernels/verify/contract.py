@@ -64,7 +64,7 @@ class Batch:
     least one; ``drafts`` int32 [R], the token that each row judges (a block's last is not looked
     at; an id outside the vocabulary never stands); ``rules`` int32 [B] of :class:`Rule`;
     ``temperatures`` float32 [B], positive, not looked at for greedy requests; ``seeds`` and
-    ``positions`` int64 [B]. ``longest`` bounds the rows of a block and is known to the host, so that a
+    ``positions`` int64 [B]. ``longest`` bounds the rows of a block: the host knows it, so that a
     launch depends on nothing that lies on the device. Nothing is written to.
     """
 

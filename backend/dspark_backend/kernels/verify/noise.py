@@ -1,4 +1,4 @@
-"""The noise of :mod:`dspark_backend.sampling.noise` inside a kernel, bit for bit up to the logarithm.
+"""The noise of :mod:`dspark_backend.sampling.noise` in a kernel: equal bits up to the logarithm.
 
 SplitMix64 finalisers key a row (a few scalar operations a program), two keyed rounds of a 32-bit
 bijection draw for each token id.
@@ -15,7 +15,7 @@ _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 
 @device_kernel
 def row_keys(seed: tl.tensor, stream: tl.tensor, position: tl.tensor) -> tl.tensor:
-    """The (coarse, fine) uint64 keys of a row of draws, slot 0; ``seed`` and ``position`` are int64."""
+    """The (coarse, fine) uint64 keys of a row at slot 0; ``seed``, ``position`` int64."""
     state = _mix64(seed.to(tl.uint64) + _GOLDEN)
     state = _mix64((state + _GOLDEN) ^ stream)
     state = _mix64((state + _GOLDEN) ^ position.to(tl.uint64))

@@ -99,9 +99,16 @@ def _q_arguments(batch: Batch) -> tuple[Tensor, Tensor, Tensor, int, int]:
 
 @device_kernel
 def _scores(
-    ids: tl.tensor, row: tl.tensor, temperature: tl.tensor, logits: tl.tensor, stride: tl.tensor, vocab: tl.tensor,
-    words: tl.tensor, mask_of_row: tl.tensor, word_count: tl.tensor,
-) -> tl.tensor:  # fmt: skip
+    ids: tl.tensor,
+    row: tl.tensor,
+    temperature: tl.tensor,
+    logits: tl.tensor,
+    stride: tl.tensor,
+    vocab: tl.tensor,
+    words: tl.tensor,
+    mask_of_row: tl.tensor,
+    word_count: tl.tensor,
+) -> tl.tensor:
     """The row's logits over the temperature at ``ids``, float32; -inf where the grammar forbids and
     outside the vocabulary, +inf for a NaN (neither is a usable maximum)."""
     inside = (ids >= 0) & (ids < vocab)
@@ -137,10 +144,23 @@ def _temperature(rule: tl.tensor, temperatures: tl.tensor, b: tl.tensor) -> tl.t
 
 @device_kernel
 def _scan(
-    offsets: tl.tensor, rules: tl.tensor, temperatures: tl.tensor, seeds: tl.tensor, positions: tl.tensor,
-    logits: tl.tensor, stride: tl.tensor, vocab: tl.tensor, words: tl.tensor, mask_of_row: tl.tensor, word_count: tl.tensor,
-    best: tl.tensor, best_id: tl.tensor, mass: tl.tensor, longest: tl.tensor, BLOCK: tl.constexpr,  # noqa: N803
-) -> None:  # fmt: skip
+    offsets: tl.tensor,
+    rules: tl.tensor,
+    temperatures: tl.tensor,
+    seeds: tl.tensor,
+    positions: tl.tensor,
+    logits: tl.tensor,
+    stride: tl.tensor,
+    vocab: tl.tensor,
+    words: tl.tensor,
+    mask_of_row: tl.tensor,
+    word_count: tl.tensor,
+    best: tl.tensor,
+    best_id: tl.tensor,
+    mass: tl.tensor,
+    longest: tl.tensor,
+    BLOCK: tl.constexpr,  # noqa: N803
+) -> None:
     """``best`` float64, ``best_id`` int32, ``mass`` float32 [R, blocks] of every row."""
     b, k = tl.program_id(0) // longest, tl.program_id(0) % longest
     row = tl.load(offsets + b) + k
@@ -157,18 +177,27 @@ def _scan(
             noisy = x.to(tl.float64) + gumbel(ids.to(tl.uint32), coarse, fine)
             score, top_id = _best(noisy, ids)
         if rule == _REJECTION:
-            # exp(-inf - -inf) would be NaN: a block without a legal token has no mass.
-            above = tl.where(x == float("-inf"), float("-inf"), x - top)
-            tl.store(mass + out, tl.sum(tl.exp(above), axis=0))
+            # Halves cannot overflow, and inf - inf does not arise: such a block is not usable.
+            base = tl.where((top > float("-inf")) & (top < float("inf")), top, 0.0)
+            above = 2.0 * tl.minimum(tl.maximum(0.5 * x - 0.5 * base, -100.0), 0.0)
+            share = tl.where(x > float("-inf"), tl.exp(above), 0.0)
+            tl.store(mass + out, tl.sum(share, axis=0))
         tl.store(best + out, score)
         tl.store(best_id + out, top_id)
 
 
 @device_kernel
 def _q_at(
-    ids: tl.tensor, row: tl.tensor, draft: tl.tensor, vocab: tl.tensor,
-    q: tl.tensor, q_of_row: tl.tensor, columns: tl.tensor, column_count: tl.tensor, is_mapped: tl.tensor,
-) -> tl.tensor:  # fmt: skip
+    ids: tl.tensor,
+    row: tl.tensor,
+    draft: tl.tensor,
+    vocab: tl.tensor,
+    q: tl.tensor,
+    q_of_row: tl.tensor,
+    columns: tl.tensor,
+    column_count: tl.tensor,
+    is_mapped: tl.tensor,
+) -> tl.tensor:
     """q' of ``ids``, float64: one-hot at the draft where the row has no probabilities."""
     value = (ids == draft).to(tl.float64)
     if column_count > 0:
@@ -185,15 +214,35 @@ def _q_at(
 
 @device_kernel
 def _walk(
-    offsets: tl.tensor, rules: tl.tensor, temperatures: tl.tensor, seeds: tl.tensor, positions: tl.tensor,
-    logits: tl.tensor, stride: tl.tensor, vocab: tl.tensor, words: tl.tensor, mask_of_row: tl.tensor, word_count: tl.tensor,
-    drafts: tl.tensor, q: tl.tensor, q_of_row: tl.tensor, columns: tl.tensor, column_count: tl.tensor, is_mapped: tl.tensor,
-    best: tl.tensor, best_id: tl.tensor, mass: tl.tensor,
-    accepted: tl.tensor, tokens: tl.tensor, open_row: tl.tensor, peak_and_mass: tl.tensor,
-    blocks: tl.tensor, COMBINED: tl.constexpr,  # noqa: N803
-) -> None:  # fmt: skip
+    offsets: tl.tensor,
+    rules: tl.tensor,
+    temperatures: tl.tensor,
+    seeds: tl.tensor,
+    positions: tl.tensor,
+    logits: tl.tensor,
+    stride: tl.tensor,
+    vocab: tl.tensor,
+    words: tl.tensor,
+    mask_of_row: tl.tensor,
+    word_count: tl.tensor,
+    drafts: tl.tensor,
+    q: tl.tensor,
+    q_of_row: tl.tensor,
+    columns: tl.tensor,
+    column_count: tl.tensor,
+    is_mapped: tl.tensor,
+    best: tl.tensor,
+    best_id: tl.tensor,
+    mass: tl.tensor,
+    accepted: tl.tensor,
+    tokens: tl.tensor,
+    open_row: tl.tensor,
+    peak_and_mass: tl.tensor,
+    blocks: tl.tensor,
+    COMBINED: tl.constexpr,  # noqa: N803
+) -> None:
     """``accepted`` of every request, ``tokens`` of all but those that a sample has yet to settle:
-    ``open_row`` is the row to sample, -1 for none, ``peak_and_mass`` float64 [B, 2] its softmax's."""
+    ``open_row`` is the row to sample, -1 for none, ``peak_and_mass`` [B, 2] its softmax's."""
     b = tl.program_id(0)
     first, end = tl.load(offsets + b), tl.load(offsets + b + 1)
     rule, seed, position = tl.load(rules + b), tl.load(seeds + b), tl.load(positions + b)
@@ -214,12 +263,12 @@ def _walk(
         if rule == _REJECTION:
             part = tl.load(mass + at, mask=block < blocks, other=0.0).to(tl.float64)
             peak = tl.where(usable, top, 0.0)
-            share = tl.where(part > 0.0, part * tl.exp(score - peak), 0.0)
+            share = part * tl.exp(tl.minimum(score - peak, 0.0))
             total = tl.sum(share, axis=0)
             x = _scores(
                 draft, row, temperature, logits, stride, vocab, words, mask_of_row, word_count
             )
-            p_draft = tl.exp(x.to(tl.float64) - peak) / total
+            p_draft = tl.exp(tl.minimum(x.to(tl.float64) - peak, 0.0)) / total
             q_draft = _q_at(draft, row, draft, vocab, q, q_of_row, columns, column_count, is_mapped)
             coarse, fine = row_keys(seed, _ACCEPT, position + (row - first))
             w = uniform(tl.zeros_like(draft).to(tl.uint32), coarse, fine)
@@ -236,11 +285,29 @@ def _walk(
 
 @device_kernel
 def _resample(
-    offsets: tl.tensor, rules: tl.tensor, temperatures: tl.tensor, seeds: tl.tensor, positions: tl.tensor,
-    logits: tl.tensor, stride: tl.tensor, vocab: tl.tensor, words: tl.tensor, mask_of_row: tl.tensor, word_count: tl.tensor,
-    drafts: tl.tensor, q: tl.tensor, q_of_row: tl.tensor, columns: tl.tensor, column_count: tl.tensor, is_mapped: tl.tensor,
-    open_row: tl.tensor, peak_and_mass: tl.tensor, scores: tl.tensor, best_id: tl.tensor, BLOCK: tl.constexpr,  # noqa: N803
-) -> None:  # fmt: skip
+    offsets: tl.tensor,
+    rules: tl.tensor,
+    temperatures: tl.tensor,
+    seeds: tl.tensor,
+    positions: tl.tensor,
+    logits: tl.tensor,
+    stride: tl.tensor,
+    vocab: tl.tensor,
+    words: tl.tensor,
+    mask_of_row: tl.tensor,
+    word_count: tl.tensor,
+    drafts: tl.tensor,
+    q: tl.tensor,
+    q_of_row: tl.tensor,
+    columns: tl.tensor,
+    column_count: tl.tensor,
+    is_mapped: tl.tensor,
+    open_row: tl.tensor,
+    peak_and_mass: tl.tensor,
+    scores: tl.tensor,
+    best_id: tl.tensor,
+    BLOCK: tl.constexpr,  # noqa: N803
+) -> None:
     """Gumbel-max over (p - q)+ and over p: ``scores`` float64, ``best_id`` int32 [2, B, blocks]."""
     b = tl.program_id(0)
     row = tl.load(open_row + b)
@@ -248,9 +315,16 @@ def _resample(
         rule, first = tl.load(rules + b), tl.load(offsets + b)
         ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         x = _scores(
-            ids, row, _temperature(rule, temperatures, b), logits, stride, vocab,
-            words, mask_of_row, word_count,
-        )  # fmt: skip
+            ids,
+            row,
+            _temperature(rule, temperatures, b),
+            logits,
+            stride,
+            vocab,
+            words,
+            mask_of_row,
+            word_count,
+        )
         peak, total = tl.load(peak_and_mass + 2 * b), tl.load(peak_and_mass + 2 * b + 1)
         p = tl.exp(x.to(tl.float64) - peak) / total
         residual = p
@@ -283,9 +357,13 @@ def _race(
 
 @device_kernel
 def _settle(
-    open_row: tl.tensor, scores: tl.tensor, best_id: tl.tensor, tokens: tl.tensor,
-    blocks: tl.tensor, COMBINED: tl.constexpr,  # noqa: N803
-) -> None:  # fmt: skip
+    open_row: tl.tensor,
+    scores: tl.tensor,
+    best_id: tl.tensor,
+    tokens: tl.tensor,
+    blocks: tl.tensor,
+    COMBINED: tl.constexpr,  # noqa: N803
+) -> None:
     """The winner over (p - q)+. Where that has no mass p = q but for rounding, and p is its limit:
     the winner over p."""
     b = tl.program_id(0)
