@@ -264,7 +264,7 @@ def _walk(
             part = tl.load(mass + at, mask=block < blocks, other=0.0).to(tl.float64)
             peak = tl.where(usable, top, 0.0)
             share = part * tl.exp(tl.minimum(score - peak, 0.0))
-            total = tl.sum(share, axis=0)
+            total = tl.where(usable, tl.sum(share, axis=0), 1.0)
             x = _scores(
                 draft, row, temperature, logits, stride, vocab, words, mask_of_row, word_count
             )
