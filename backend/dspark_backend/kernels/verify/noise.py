@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from dspark_backend.kernels.verify.device import device_kernel
+from dspark_backend.kernels.device import device_kernel
 
 _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 

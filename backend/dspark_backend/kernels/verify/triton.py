@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dspark_backend.kernels.device import device_kernel
 from dspark_backend.kernels.verify.contract import Batch, Rule, Stream, Verdict
-from dspark_backend.kernels.verify.device import device_kernel
 from dspark_backend.kernels.verify.noise import gumbel, row_keys, uniform
 
 BLOCK = 4096
