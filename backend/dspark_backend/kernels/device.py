@@ -7,8 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 import triton
+import triton.language as tl
 
 
 def device_kernel(fn: Callable[..., Any]) -> Any:
     """Compile ``fn`` for the GPU; launched as ``fn[grid](...)``, callable from other kernels."""
     return triton.jit(fn)
+
+
+@device_kernel
+def product(a: tl.tensor, b: tl.tensor, UPCAST: tl.constexpr) -> tl.tensor:  # noqa: N803
+    """a @ b in float32, of float32 operands without TF32's rounding. ``UPCAST`` under the
+    interpreter, whose product does not know bfloat16: float32 holds such operands exactly."""
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from dspark_backend.kernels.contract import Masks
 from dspark_backend.kernels.markov import reference
 from dspark_backend.kernels.markov.contract import Blocks, Head
 from dspark_backend.kernels.markov.triton import draft
-from dspark_backend.kernels.verify.contract import Masks
 from dspark_backend.sampling.mask import unpack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU under Triton's interpreter

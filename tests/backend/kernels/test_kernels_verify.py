@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from dspark_backend.kernels.contract import Masks
 from dspark_backend.kernels.verify import reference
-from dspark_backend.kernels.verify.contract import Batch, DraftProbabilities, Masks, Rule, Stream
+from dspark_backend.kernels.verify.contract import Batch, DraftProbabilities, Rule, Stream
 from dspark_backend.kernels.verify.triton import verify
 from dspark_backend.sampling import noise
 from dspark_backend.sampling.mask import unpack

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dspark_backend.kernels.device import device_kernel
+from dspark_backend.kernels.contract import mask_arguments
+from dspark_backend.kernels.device import device_kernel, product
 from dspark_backend.kernels.markov.contract import Blocks
 
 BLOCK = 128
@@ -49,11 +50,7 @@ def draft(blocks: Blocks, *, block: int = BLOCK) -> Tensor:
         return tokens
     keys = torch.full((requests, size), _NO_KEY.value, dtype=torch.int64, device=base.device)
     chain = (keys, blocks.anchors, blocks.anchors if head.ids is None else head.ids)
-    mask = (
-        (blocks.anchors, blocks.anchors, 0)  # 0 words: no masks, and the tensors stand in for none
-        if masks is None
-        else (masks.words, masks.of_row, masks.words.shape[1])
-    )
+    mask = mask_arguments(masks, blocks.anchors)
     for k in range(size):
         _slot[(triton.cdiv(drafts, block), triton.cdiv(requests, REQUESTS))](
             *chain,
@@ -64,7 +61,6 @@ def draft(blocks: Blocks, *, block: int = BLOCK) -> Tensor:
             BLOCK=block,
             TILE=REQUESTS,
             STEP=RANK,
-            # The interpreter's product does not know bfloat16; float32 holds its operands exactly.
             UPCAST=not base.is_cuda,
         )
     _settle[(triton.cdiv(requests * size, 128),)](
@@ -168,9 +164,7 @@ def _slot(
             mask=is_draft[None, :] & inside[:, None],
             other=0.0,
         )
-        if UPCAST:
-            latent, weight = latent.to(tl.float32), weight.to(tl.float32)
-        bias += tl.dot(latent, weight, input_precision="ieee")
+        bias += product(latent, weight, UPCAST)
     token = draft_id
     if MAPPED:
         token = tl.load(ids + draft_id, mask=is_draft, other=0)

@@ -8,7 +8,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+from dspark_backend.kernels.contract import FLOATS, describe, expect, expect_on
 
 
 class Sight(IntEnum):
@@ -48,12 +48,12 @@ class Batch:
     def __post_init__(self) -> None:
         """Raises ValueError for shapes, dtypes or devices that break the contract. Values lie on
         the device and are not looked at."""
-        if self.q.dim() != 3 or self.q.dtype not in _FLOATS or self.q.shape[2] == 0:
+        if self.q.dim() != 3 or self.q.dtype not in FLOATS or self.q.shape[2] == 0:
             raise ValueError(
-                f"q is [R, H, hd] of bfloat16, float16 or float32, not {_describe(self.q)}"
+                f"q is [R, H, hd] of bfloat16, float16 or float32, not {describe(self.q)}"
             )
         if self.keys.dim() != 4:
-            raise ValueError(f"keys are [P, Hkv, S, hd], not {_describe(self.keys)}")
+            raise ValueError(f"keys are [P, Hkv, S, hd], not {describe(self.keys)}")
         if self.longest < 1:
             raise ValueError(f"a request has at least one row: longest is {self.longest}")
         heads, width = self.q.shape[1:]
@@ -64,11 +64,11 @@ class Batch:
                 "positions: H is a multiple of Hkv, and none of the three is 0"
             )
         requests = self.offsets.shape[0] - 1
-        self._expect("q", self.q, self.q.dtype, *self.q.shape)
-        self._expect("offsets", self.offsets, torch.int32, requests + 1)
-        self._expect("starts", self.starts, torch.int32, requests)
+        expect("q", self.q, self.q.device, self.q.dtype, *self.q.shape)
+        expect("offsets", self.offsets, self.q.device, torch.int32, requests + 1)
+        expect("starts", self.starts, self.q.device, torch.int32, requests)
         for name, kv in (("keys", self.keys), ("values", self.values)):
-            self._expect(name, kv, self.q.dtype, pages, kv_heads, page_size, width)
+            expect(name, kv, self.q.device, self.q.dtype, pages, kv_heads, page_size, width)
         self._expect_table(requests)
 
     @property
@@ -86,21 +86,6 @@ class Batch:
         right = table.dtype == torch.int32 and table.dim() == 2 and len(table) == requests
         if not right or (table.numel() > 0 and table.stride(1) != 1):
             raise ValueError(
-                f"table is torch.int32 [{requests}, T] with contiguous rows, not {_describe(table)}"
+                f"table is torch.int32 [{requests}, T] with contiguous rows, not {describe(table)}"
             )
-        self._expect_here("table", table)
-
-    def _expect(self, name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} is {dtype} {list(shape)} and contiguous, not {_describe(tensor)}"
-            )
-        self._expect_here(name, tensor)
-
-    def _expect_here(self, name: str, tensor: Tensor) -> None:
-        if tensor.device != self.q.device:
-            raise ValueError(f"{name} is on {tensor.device}, q on {self.q.device}: move it there")
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}, strides {list(tensor.stride())}"
+        expect_on("table", table, self.q.device)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dspark_backend.kernels.device import device_kernel
+from dspark_backend.kernels.device import device_kernel, product
 from dspark_backend.kernels.ragged_attention.contract import Batch, Sight
 
 SPLIT = 256
@@ -67,7 +67,6 @@ def attend(batch: Batch, *, split: int = SPLIT, pairs: int = PAIRS, keys: int = 
         PAGE=page_size,
         PAIRS=pairs,
         KEYS=keys,
-        # The interpreter's product does not know bfloat16; float32 holds its operands exactly.
         UPCAST=not out.is_cuda,
     )
     _combine[(batch.requests * batch.longest, heads)](
@@ -156,14 +155,14 @@ def _attend_split(
             # Unread values are 0: a weight of 0 would not hide a NaN.
             key = tl.load(keys + at, mask=is_read, other=0.0)
             value = tl.load(values + at, mask=is_read, other=0.0)
-            score = _product(query, tl.trans(key), UPCAST) * scale
+            score = product(query, tl.trans(key), UPCAST) * scale
             score = tl.where(position[None, :] < seen[:, None], score, float("-inf"))
             top = tl.maximum(peak, tl.max(score, axis=1))
             base = tl.where(top > float("-inf"), top, 0.0)  # -inf: nothing seen so far
             kept = tl.exp(peak - base)
             weight = tl.exp(score - base[:, None])
             mass = mass * kept + tl.sum(weight, axis=1)
-            total = total * kept[:, None] + _product(weight.to(value.dtype), value, UPCAST)
+            total = total * kept[:, None] + product(weight.to(value.dtype), value, UPCAST)
             peak = top
         out = row_head * tl.num_programs(2) + split
         is_seen = begin < seen
@@ -174,14 +173,6 @@ def _attend_split(
         )
         tl.store(peaks + out, peak, mask=is_seen)
         tl.store(masses + out, mass, mask=is_seen)
-
-
-@device_kernel
-def _product(a: tl.tensor, b: tl.tensor, UPCAST: tl.constexpr) -> tl.tensor:  # noqa: N803
-    """a @ b in float32, of float32 operands without TF32's rounding."""
-    if UPCAST:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
 
 
 @device_kernel

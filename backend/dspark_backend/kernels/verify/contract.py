@@ -8,7 +8,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-_LOGITS = (torch.bfloat16, torch.float16, torch.float32)
+from dspark_backend.kernels.contract import FLOATS, Masks, describe, expect
 
 
 class Rule(IntEnum):
@@ -25,18 +25,6 @@ class Stream(IntEnum):
     TARGET = 0
     ACCEPT = 2
     RESIDUAL = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Masks:
-    """Grammar masks, one bit a token, lowest bit first, 1 = legal.
-
-    ``words`` int32 [M, W]; ids past the last word are illegal. ``of_row`` int32 [R] is the row of
-    ``words`` that holds for a row of logits, -1 where everything is legal.
-    """
-
-    words: Tensor
-    of_row: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +70,9 @@ class Batch:
     def __post_init__(self) -> None:
         """Raises ValueError for shapes, dtypes or devices that break the contract. Values lie on
         the device and are not looked at."""
-        if self.logits.dim() != 2 or self.logits.dtype not in _LOGITS:
+        if self.logits.dim() != 2 or self.logits.dtype not in FLOATS:
             raise ValueError(
-                f"logits are [R, V] of bfloat16, float16 or float32, not {_describe(self.logits)}"
+                f"logits are [R, V] of bfloat16, float16 or float32, not {describe(self.logits)}"
             )
         if self.logits.shape[1] == 0 or self.logits.stride(1) != 1:
             raise ValueError("rows of logits are contiguous and not empty")
@@ -92,15 +80,14 @@ class Batch:
             raise ValueError(f"a block has at least one row: longest is {self.longest}")
         rows, vocab = self.logits.shape
         requests = self.offsets.shape[0] - 1
-        self._expect("offsets", self.offsets, torch.int32, requests + 1)
-        self._expect("drafts", self.drafts, torch.int32, rows)
-        self._expect("rules", self.rules, torch.int32, requests)
-        self._expect("temperatures", self.temperatures, torch.float32, requests)
-        self._expect("seeds", self.seeds, torch.int64, requests)
-        self._expect("positions", self.positions, torch.int64, requests)
+        expect("offsets", self.offsets, self.logits.device, torch.int32, requests + 1)
+        expect("drafts", self.drafts, self.logits.device, torch.int32, rows)
+        expect("rules", self.rules, self.logits.device, torch.int32, requests)
+        expect("temperatures", self.temperatures, self.logits.device, torch.float32, requests)
+        expect("seeds", self.seeds, self.logits.device, torch.int64, requests)
+        expect("positions", self.positions, self.logits.device, torch.int64, requests)
         if self.masks is not None:
-            self._expect("masks.words", self.masks.words, torch.int32, *self.masks.words.shape[:2])
-            self._expect("masks.of_row", self.masks.of_row, torch.int32, rows)
+            self.masks.expect(rows, self.logits.device)
         if self.q is not None:
             self._expect_q(self.q, rows, vocab)
 
@@ -111,25 +98,15 @@ class Batch:
 
     def _expect_q(self, q: DraftProbabilities, rows: int, vocab: int) -> None:
         if q.q.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"q.q is float32 or float64 [K, Vq], not {_describe(q.q)}")
-        self._expect("q.q", q.q, q.q.dtype, *q.q.shape[:2])
-        self._expect("q.of_row", q.of_row, torch.int32, rows)
+            raise ValueError(f"q.q is float32 or float64 [K, Vq], not {describe(q.q)}")
+        expect("q.q", q.q, self.logits.device, q.q.dtype, *q.q.shape[:2])
+        expect("q.of_row", q.of_row, self.logits.device, torch.int32, rows)
         if q.columns is not None:
-            self._expect("q.columns", q.columns, torch.int32, vocab)
+            expect("q.columns", q.columns, self.logits.device, torch.int32, vocab)
         elif q.q.shape[1] != vocab:
             raise ValueError(
                 f"q.q has {q.q.shape[1]} columns for {vocab} token ids: say in q.columns which is "
                 "whose"
-            )
-
-    def _expect(self, name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} is {dtype} {list(shape)} and contiguous, not {_describe(tensor)}"
-            )
-        if tensor.device != self.logits.device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, the logits on {self.logits.device}: move it there"
             )
 
 
@@ -145,7 +122,3 @@ class Verdict:
 
     accepted: Tensor
     tokens: Tensor
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}, strides {list(tensor.stride())}"

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dspark_backend.kernels.contract import Masks
 from dspark_backend.kernels.verify.contract import (
     Batch,
     DraftProbabilities,
-    Masks,
     Rule,
     Stream,
     Verdict,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dspark_backend.kernels.contract import mask_arguments
 from dspark_backend.kernels.device import device_kernel
 from dspark_backend.kernels.verify.contract import Batch, Rule, Stream, Verdict
 from dspark_backend.kernels.verify.noise import gumbel, row_keys, uniform
@@ -48,7 +49,7 @@ def verify(batch: Batch, *, block: int = BLOCK) -> Verdict:
     best_id = _scratch(batch, torch.int32, rows, blocks)
     mass = _scratch(batch, torch.float32, rows, blocks)
     request = (batch.offsets, batch.rules, batch.temperatures, batch.seeds, batch.positions)
-    row = (batch.logits, batch.logits.stride(0), vocab, *_mask_arguments(batch))
+    row = (batch.logits, batch.logits.stride(0), vocab, *mask_arguments(batch.masks, batch.drafts))
     _scan[(requests * batch.longest, blocks)](
         *request, *row, best, best_id, mass, batch.longest, BLOCK=block
     )
@@ -79,13 +80,6 @@ def verify(batch: Batch, *, block: int = BLOCK) -> Verdict:
 
 def _scratch(batch: Batch, dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=batch.logits.device)
-
-
-def _mask_arguments(batch: Batch) -> tuple[Tensor, Tensor, int]:
-    """Words, row of words, words a row. 0 words: no masks, and the tensors stand in for none."""
-    if batch.masks is None:
-        return batch.drafts, batch.drafts, 0
-    return batch.masks.words, batch.masks.of_row, batch.masks.words.shape[1]
 
 
 def _q_arguments(batch: Batch) -> tuple[Tensor, Tensor, Tensor, int, int]:
