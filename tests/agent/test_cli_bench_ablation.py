@@ -11,24 +11,13 @@ import pytest
 from dspark_agent.cli import main
 
 Checkpoint = Callable[..., Path]
-TRACE = {
-    "name": "talk",
-    "steps": [
-        {
-            "messages": [{"role": "user", "content": "Hello"}],
-            "tool_choice": "none",
-            "max_new_tokens": 6,
-        }
-    ],
-}
 
 
 def test_ablation_writes_json_and_a_table(
-    tiny_checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_checkpoint: Checkpoint, talk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trace, report = tmp_path / "t.jsonl", tmp_path / "ablation.json"
-    trace.write_text(json.dumps(TRACE) + "\n")
-    arguments = ["--model", str(tiny_checkpoint("qwen3")), "--trace", str(trace), "--threads", "1"]
+    report = tmp_path / "ablation.json"
+    arguments = ["--model", str(tiny_checkpoint("qwen3")), "--trace", str(talk), "--threads", "1"]
     arguments += ["--agents", "2", "--rounds", "1", "--signal", "splice", "--json", str(report)]
     assert main(["bench", "ablation", *arguments]) == 0
     document = json.loads(report.read_text())
@@ -41,7 +30,7 @@ def test_ablation_writes_json_and_a_table(
     ("arguments", "complaint"),
     [
         (["--signal", "luck"], "there is no signal 'luck'"),
-        (["--agents", "65"], "agents must be 1 to 64"),
+        (["--agents", "65"], "agents must be from 1 to 64, not 65"),
         (["--trace", "no-such-trace"], "none ships by that name (coding"),
     ],
     ids=["signal", "agents", "trace"],

@@ -11,24 +11,13 @@ import pytest
 from dspark_agent.cli import main
 
 Checkpoint = Callable[..., Path]
-TRACE = {
-    "name": "talk",
-    "steps": [
-        {
-            "messages": [{"role": "user", "content": "Hello"}],
-            "tool_choice": "none",
-            "max_new_tokens": 6,
-        }
-    ],
-}
 
 
 def test_pareto_writes_json_tables_and_a_plot(
-    tiny_checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_checkpoint: Checkpoint, talk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trace, report, plot = tmp_path / "t.jsonl", tmp_path / "pareto.json", tmp_path / "curve.png"
-    trace.write_text(json.dumps(TRACE) + "\n")
-    arguments = ["--model", str(tiny_checkpoint("qwen3")), "--trace", str(trace), "--threads", "1"]
+    report, plot = tmp_path / "pareto.json", tmp_path / "curve.png"
+    arguments = ["--model", str(tiny_checkpoint("qwen3")), "--trace", str(talk), "--threads", "1"]
     arguments += ["--concurrency", "1,2", "--contender", "step_aware", "--rounds", "1"]
     arguments += ["--json", str(report), "--png", str(plot)]
     assert main(["bench", "pareto", *arguments]) == 0
@@ -46,7 +35,7 @@ def test_pareto_writes_json_tables_and_a_plot(
     ("arguments", "complaint"),
     [
         (["--concurrency", "1,many"], "'1,many' is not a list of numbers"),
-        (["--concurrency", "0"], "numbers of agents from 1 to 64"),
+        (["--concurrency", "0"], "agents must be from 1 to 64, not 0"),
         (["--contender", "wishful"], "there is no policy 'wishful'"),
         (["--trace", "no-such-trace"], "none ships by that name (coding"),
     ],

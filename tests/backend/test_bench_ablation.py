@@ -155,7 +155,7 @@ def test_other_tokens_end_the_run_with_where_they_were_written() -> None:
 
 
 def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(BenchError, match="agents must be 1 to 64"):
+    with pytest.raises(BenchError, match="agents must be from 1 to 64"):
         AblationSettings("m", (tmp_path,), agents=65)
     with pytest.raises(BenchError, match="rounds must be at least 1"):
         AblationSettings("m", (tmp_path,), rounds=0)

@@ -14,15 +14,10 @@ from rich.console import Console
 
 from dspark_backend.bench.contender import Sample
 from dspark_backend.bench.crowd import CrowdWorker, Wave
+from dspark_backend.bench.crowd_terms import crowd_spec, load_of
 from dspark_backend.bench.errors import BenchError
 from dspark_backend.bench.lineup import Subject, Terms
-from dspark_backend.bench.pareto import (
-    ParetoSettings,
-    contestant,
-    crowd_spec,
-    load_of,
-    run_pareto,
-)
+from dspark_backend.bench.pareto import ParetoSettings, contestant, run_pareto
 from dspark_backend.bench.pareto_report import (
     BEST_FIXED,
     ParetoContender,
@@ -150,7 +145,7 @@ def test_every_agent_has_memory_for_the_longest_run(
 ) -> None:
     subject, traces = Subject.of(model), read_trace(trace)
     assert crowd_spec(subject, Terms(), traces, 1).kv_bytes == DEFAULT_KV_BYTES
-    monkeypatch.setattr("dspark_backend.bench.pareto.DEFAULT_KV_BYTES", 0)
+    monkeypatch.setattr("dspark_backend.bench.crowd_terms.DEFAULT_KV_BYTES", 0)
     granted = crowd_spec(subject, Terms(), traces, 8)
     assert granted.kv_bytes is not None
     position = 2 * 2 * 2 * 16 * 4  # keys and values of two layers, two heads of 16 floats
@@ -303,7 +298,7 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
         return ParetoSettings(**(given | changed))  # type: ignore[arg-type]
 
     for concurrency in ((), (0,), (1, 65)):
-        with pytest.raises(BenchError, match="concurrency must be numbers of agents from 1 to 64"):
+        with pytest.raises(BenchError, match="number of agents must be from 1 to 64"):
             settings(concurrency=concurrency)
     with pytest.raises(BenchError, match="rounds must be at least 1"):
         settings(rounds=0)

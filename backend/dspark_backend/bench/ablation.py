@@ -4,7 +4,7 @@ off in turn: what each is worth beside the others."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -13,13 +13,12 @@ from typing import Final
 from dspark_backend.bench.ablation_report import AblationReport, Replay, contenders_of
 from dspark_backend.bench.contender import ContenderSpec
 from dspark_backend.bench.crowd import CrowdWorker, Wave
+from dspark_backend.bench.crowd_terms import OnWave, check_crowd, crowd_spec, load_of
 from dspark_backend.bench.errors import BenchError
 from dspark_backend.bench.host import host_facts
-from dspark_backend.bench.lineup import Subject, Terms, in_turn, warm_up
-from dspark_backend.bench.pareto import crowd_spec, load_of
+from dspark_backend.bench.lineup import Subject, Terms, in_turn, plain_spec, warm_up
 from dspark_backend.bench.trace import TraceRun, read_trace
 from dspark_backend.catalog import ProgressSink
-from dspark_backend.scheduler import Limits
 from dspark_backend.speculation.signals import Signals
 
 PLAIN: Final = "plain"
@@ -42,20 +41,10 @@ class AblationSettings:
     terms: Terms = field(default_factory=lambda: Terms(speculation=True))
 
     def __post_init__(self) -> None:
-        most = Limits().running
-        if not 1 <= self.agents <= most:
-            raise BenchError(f"agents must be 1 to {most}, not {self.agents}")
-        if self.rounds < 1:
-            raise BenchError(f"rounds must be at least 1, not {self.rounds}")
-        if not self.traces:
-            raise BenchError("name at least one trace to replay")
+        check_crowd((self.agents,), self.rounds, self.traces)
         unknown = [name for name in self.signals if name not in SIGNALS]
         if unknown:
             raise BenchError(f"there is no signal {unknown[0]!r}: {', '.join(SIGNALS)}")
-
-
-OnWave = Callable[[int, int], None]
-"""Called as ``(waves done, waves to do)``; one agent alone takes a wave for every run."""
 
 
 def run_ablation(
@@ -98,7 +87,7 @@ def run_ablation(
 def contestants(base: ContenderSpec, signals: Sequence[str]) -> dict[str, ContenderSpec]:
     """Plain decoding, everything, and everything without each of ``signals``."""
     return {
-        PLAIN: replace(base, speculation=False, drafter=None, policy=None),
+        PLAIN: plain_spec(base),
         ALL: base,
         **{
             f"without {name}": replace(base, signals=replace(Signals(), **{name: False}))

@@ -134,6 +134,16 @@ def contender_spec(subject: Subject, terms: Terms, context: int) -> ContenderSpe
     )
 
 
+def plain_spec(spec: ContenderSpec) -> ContenderSpec:
+    """The same engine without speculation."""
+    return replace(spec, speculation=False, drafter=None, policy=None)
+
+
+def drafting_spec(spec: ContenderSpec, policy: str) -> ContenderSpec:
+    """The same engine verifying its drafter's blocks alone, as engines without agents do."""
+    return replace(spec, speculation=True, policy=policy, signals=Signals.drafts_alone())
+
+
 def warm_up(subject: Subject, workers: Sequence[Worker]) -> None:
     """A few tokens of each, so that nobody's first pass is measured."""
     tokens = tuple(subject.tokenizer.encode("Count from one to ten."))
@@ -150,11 +160,9 @@ def in_turn(workers: Sequence[W], index: int) -> list[W]:
 
 def _peer(name: str, spec: ContenderSpec) -> Worker:
     if name == "plain":
-        plain = replace(spec, speculation=False, drafter=None, policy=None)
-        return Worker(name, OURS, plain)
+        return Worker(name, OURS, plain_spec(spec))
     if name in OURSELVES:
-        drafting = replace(spec, speculation=True, policy=name, signals=Signals.drafts_alone())
-        return Worker(name, OURS, drafting)
+        return Worker(name, OURS, drafting_spec(spec, name))
     return Worker(name, OTHERS[name], spec)
 
 

@@ -6,7 +6,7 @@ wave in turns, with 1 to 32 agents at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,26 +14,19 @@ from typing import Final
 
 from dspark_backend.bench.contender import ContenderSpec
 from dspark_backend.bench.crowd import CrowdWorker, Wave
-from dspark_backend.bench.errors import BenchError
+from dspark_backend.bench.crowd_terms import OnWave, check_crowd, crowd_spec, load_of
 from dspark_backend.bench.host import host_facts
-from dspark_backend.bench.lineup import Subject, Terms, contender_spec, in_turn, warm_up
+from dspark_backend.bench.lineup import Subject, Terms, drafting_spec, in_turn, plain_spec, warm_up
 from dspark_backend.bench.pareto_report import ParetoContender, ParetoPoint, ParetoReport, leads
-from dspark_backend.bench.steps import room
 from dspark_backend.bench.trace import TraceRun, read_trace
 from dspark_backend.catalog import ProgressSink
-from dspark_backend.engine import DEFAULT_KV_BYTES
-from dspark_backend.kv.contiguous import KVShape
-from dspark_backend.scheduler import Limits
 from dspark_backend.speculation.policies import named
-from dspark_backend.speculation.signals import Signals
 
 PLAIN: Final = "plain"
 OURS: Final = "step_aware"
 MTP: Final = "mtp"
 CONTENDERS: Final = (PLAIN, "fixed-2", "fixed", "prefix_throughput", OURS)
 CONCURRENCY: Final = (1, 2, 4, 8, 16, 32)
-# A drafter's context takes a few layers beside the target's own.
-_KV_MARGIN = 1.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +47,7 @@ class ParetoSettings:
     terms: Terms = field(default_factory=lambda: Terms(speculation=True))
 
     def __post_init__(self) -> None:
-        most = Limits().running
-        if not self.concurrency or not all(1 <= agents <= most for agents in self.concurrency):
-            raise BenchError(
-                f"concurrency must be numbers of agents from 1 to {most}, not "
-                f"{', '.join(map(str, self.concurrency)) or 'none'}"
-            )
-        if self.rounds < 1:
-            raise BenchError(f"rounds must be at least 1, not {self.rounds}")
-        if not self.traces:
-            raise BenchError("name at least one trace to replay")
+        check_crowd(self.concurrency, self.rounds, self.traces)
         for name in self.contenders:
             named(name, 1)
 
@@ -72,10 +56,6 @@ class ParetoSettings:
         """All contenders, plain decoding first, each once."""
         extra = () if self.mtp is None else (MTP,)
         return tuple(dict.fromkeys((PLAIN, *self.contenders, *extra)))
-
-
-OnWave = Callable[[int, int], None]
-"""Called as ``(waves done, waves to do)``."""
 
 
 def run_pareto(
@@ -125,36 +105,15 @@ def run_pareto(
         )
 
 
-def crowd_spec(
-    subject: Subject, terms: Terms, traces: Sequence[TraceRun], agents: int
-) -> ContenderSpec:
-    """What a contender loads so that ``agents`` replay ``traces`` at once and none has to queue.
-
-    Raises BenchError when a run has no room in the model.
-    """
-    spec = contender_spec(subject, terms, max(room(subject, trace) for trace in traces))
-    config = subject.files.config
-    position = KVShape(config.num_layers, config.num_kv_heads, config.head_dim).bytes_per_token
-    granted = round(_KV_MARGIN * agents * spec.max_context * position)
-    return replace(spec, kv_bytes=max(DEFAULT_KV_BYTES, granted))
-
-
 def contestant(name: str, base: ContenderSpec, mtp: Path | None) -> ContenderSpec:
     """The terms of the contender of that name; see :class:`ParetoSettings`."""
     if name == PLAIN:
-        return replace(base, speculation=False, drafter=None, policy=None)
-    drafting = replace(base, speculation=True, policy=name)
+        return plain_spec(base)
     if name == MTP:
-        drafting = replace(drafting, policy="fixed", drafter=mtp)
+        return drafting_spec(replace(base, drafter=mtp), "fixed")
     if name.startswith(OURS):
-        return drafting
-    return replace(drafting, signals=Signals.drafts_alone())
-
-
-def load_of(traces: Sequence[TraceRun], agents: int) -> list[TraceRun]:
-    """All of ``traces`` as often as it takes for every agent to have one, so that each of them
-    counts alike at every number of agents."""
-    return [*traces] * -(-agents // len(traces))
+        return replace(base, speculation=True, policy=name)
+    return drafting_spec(base, name)
 
 
 def _waves(
