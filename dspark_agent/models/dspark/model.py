@@ -1,17 +1,14 @@
-"""The embedded model: an engine in this process, driven from asyncio or trio.
-
-The only module of the SDK, with the command line, that touches the engine; importing it loads
-torch. A conversation is a token log: each turn renders and computes only what is new.
-"""
+"""The model and its sessions. A conversation is a token log: each turn renders and computes only
+what is new."""
 
 from __future__ import annotations
 
 import copy
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,38 +16,34 @@ import anyio
 import anyio.to_thread
 
 from dspark_agent.errors import (
-    ContextLengthError,
-    DSparkError,
     ModelError,
-    ModelNotFoundError,
-    SchemaError,
-    SessionClosedError,
-    UserError,
 )
 from dspark_agent.limits import RequestUsage
 from dspark_agent.messages import (
-    FinishReason,
     ModelRequest,
     ModelResponse,
-    ResponsePart,
     ToolCallPart,
 )
-from dspark_agent.metrics import StepMetrics
 from dspark_agent.models.ahead import Ahead
 from dspark_agent.models.base import (
-    CallChunk,
-    CallEnd,
-    CallStart,
     Emit,
     Model,
     ModelEvent,
     ModelSession,
     ModelTurn,
-    TextChunk,
     TokensWritten,
 )
 from dspark_agent.models.bridge import ThreadBridge
 from dspark_agent.models.chat import chat_messages, function_tools
+from dspark_agent.models.dspark.translation import (
+    finish_reason,
+    forced_mode,
+    model_event,
+    sampling_params,
+    step_metrics,
+    translated_errors,
+    turn_spec,
+)
 from dspark_agent.models.outline import ask_for_result
 from dspark_agent.models.turn_reader import TurnReader
 from dspark_agent.settings import ModelSettings
@@ -59,10 +52,8 @@ from dspark_backend import errors as backend
 from dspark_backend.engine import Engine
 from dspark_backend.events import Failed, Finished, StepEvent, Tokens
 from dspark_backend.grammar import events as parsed
-from dspark_backend.grammar.spec import TurnSpec
-from dspark_backend.metrics import EngineMetrics
 from dspark_backend.request import FinishReason as EngineFinish
-from dspark_backend.request import ForcedMode, SamplingParams, StepOutcome, StepRequest, Urgency
+from dspark_backend.request import ForcedMode, StepOutcome, StepRequest, Urgency
 from dspark_backend.session import Session as EngineSession
 
 DEFAULT_MAX_TOKENS = 1024
@@ -127,7 +118,7 @@ class DSparkModel(Model):
         """
         if self._engine is not None:
             return self._engine
-        with _translated():
+        with translated_errors():
             return await anyio.to_thread.run_sync(self._load, abandon_on_cancel=True)
 
     def _load(self) -> Engine:
@@ -140,9 +131,9 @@ class DSparkModel(Model):
         self, widest: ModelTurn, *, token_log: Sequence[int] | None = None
     ) -> ModelSession:
         engine = await self.load()
-        with _translated():
+        with translated_errors():
             # Finds a schema that cannot be honoured before the first turn, and keeps the grammar.
-            await anyio.to_thread.run_sync(lambda: engine.compile(_turn_spec(widest)))
+            await anyio.to_thread.run_sync(lambda: engine.compile(turn_spec(widest)))
             session = _DSparkSession(engine, self._name, widest.tools, engine.open_session())
             if token_log:
                 await session.restore(tuple(token_log))
@@ -206,7 +197,7 @@ class _DSparkSession(ModelSession):
         self, messages: Sequence[ModelRequest | ModelResponse], turn: ModelTurn, emit: Emit
     ) -> ModelResponse:
         mark, began = self.mark(), time.perf_counter()
-        with _translated():
+        with translated_errors():
             prepared = await anyio.to_thread.run_sync(self._prepare, messages, turn)
             try:
                 rest = await self._ahead.claim(prepared.request.tokens)
@@ -230,8 +221,8 @@ class _DSparkSession(ModelSession):
             parts=parts,
             model_name=self._model_name,
             usage=usage,
-            finish_reason=_finish_reason(outcome, parts),
-            metrics=_metrics(outcome.metrics, prepared_s, prepared.compile_s),
+            finish_reason=finish_reason(outcome, parts),
+            metrics=step_metrics(outcome.metrics, prepared_s, prepared.compile_s),
         )
 
     def _prepare(
@@ -245,7 +236,7 @@ class _DSparkSession(ModelSession):
             tokens = dialect.render_next(chat, closed=log[-1] == dialect.end_of_turn_id)
         else:
             tokens = dialect.render_start(chat, function_tools(self._tools))
-        spec = _turn_spec(turn)
+        spec = turn_spec(turn)
         began = time.perf_counter()
         grammar = self._engine.compile(spec)
         compile_s = time.perf_counter() - began
@@ -253,16 +244,16 @@ class _DSparkSession(ModelSession):
         request = StepRequest(
             tokens=tuple(tokens),
             max_new_tokens=turn.settings.get("max_tokens", max(1, min(DEFAULT_MAX_TOKENS, room))),
-            sampling=_sampling(turn.settings),
+            sampling=sampling_params(turn.settings),
             grammar=grammar,
-            forced=_forced(turn.settings),
+            forced=forced_mode(turn.settings),
             stop=tuple(turn.settings.get("stop_sequences", ())),
             kind=spec.kind,
             urgency=Urgency(turn.urgency),
             deadline_s=turn.deadline_s,
         )
         parser = None if grammar is None else dialect.parser(spec)
-        return _Prepared(request, TurnReader(parser, _event), outlined, compile_s)
+        return _Prepared(request, TurnReader(parser, model_event), outlined, compile_s)
 
     async def anticipate(self, calls: Sequence[ToolCallPart], turn: ModelTurn) -> None:
         with suppress(backend.BackendError):  # the turn itself will say what is wrong
@@ -271,9 +262,9 @@ class _DSparkSession(ModelSession):
 
     def _warm(self, turn: ModelTurn) -> None:
         """Compile what the turn will be constrained with; compiled grammars are kept."""
-        grammar = self._engine.compile(_turn_spec(turn))
+        grammar = self._engine.compile(turn_spec(turn))
         if grammar is not None:
-            grammar.matcher(canonical=_forced(turn.settings) is ForcedMode.CANONICAL)
+            grammar.matcher(canonical=forced_mode(turn.settings) is ForcedMode.CANONICAL)
 
     async def _generate(
         self, request: StepRequest, reader: TurnReader[parsed.TurnEvent], emit: Emit
@@ -324,18 +315,6 @@ class _DSparkSession(ModelSession):
         self._session.close()
 
 
-def _event(event: parsed.TurnEvent) -> ModelEvent:
-    match event:
-        case parsed.TextDelta(text) | parsed.ObjectDelta(text):
-            return TextChunk(text)
-        case parsed.ToolCallStart(index, name):
-            return CallStart(index, name)
-        case parsed.ToolCallArgsDelta(index, fragment):
-            return CallChunk(index, fragment)
-        case parsed.ToolCallEnd(index, name, arguments):
-            return CallEnd(index, ToolCallPart(tool_name=name, args=arguments))
-
-
 async def _send(events: Sequence[ModelEvent], emit: Emit) -> None:
     for event in events:
         await emit(event)
@@ -345,61 +324,3 @@ async def _ended(bridge: ThreadBridge[StepEvent]) -> None:
     """Wait until the engine has let go of the step."""
     while not any(isinstance(event, Finished | Failed) for event in await bridge.get_all()):
         pass
-
-
-def _turn_spec(turn: ModelTurn) -> TurnSpec:
-    named = turn.tool_choice not in ("auto", "required", "none")
-    return TurnSpec(
-        tools=function_tools(turn.tools),
-        tool_choice={"name": turn.tool_choice} if named else turn.tool_choice,  # type: ignore[arg-type]
-        output_schema=turn.output_schema,
-        allow_text=turn.allow_text,
-        parallel_tool_calls=turn.settings.get("parallel_tool_calls", False),
-    )
-
-
-def _forced(settings: ModelSettings) -> ForcedMode:
-    return ForcedMode(settings.get("forced", ForcedMode.CANONICAL))
-
-
-def _sampling(settings: ModelSettings) -> SamplingParams:
-    names = SamplingParams.__dataclass_fields__
-    return SamplingParams(**{key: value for key, value in settings.items() if key in names})  # type: ignore[arg-type]
-
-
-def _metrics(engine: EngineMetrics, prepared_s: float, compile_s: float) -> StepMetrics:
-    """The engine's account with what came before it: rendering (overhead) and compiling."""
-    account = asdict(engine)
-    account["ttft_s"] += prepared_s
-    account["total_s"] += prepared_s
-    account["grammar_s"] += compile_s
-    account["overhead_s"] += prepared_s - compile_s
-    return StepMetrics(**account)
-
-
-def _finish_reason(outcome: StepOutcome, parts: Sequence[ResponsePart]) -> FinishReason:
-    if outcome.finish_reason is EngineFinish.LENGTH:
-        return FinishReason.LENGTH
-    calls = any(isinstance(part, ToolCallPart) for part in parts)
-    return FinishReason.TOOL_CALL if calls else FinishReason.STOP
-
-
-_OURS: tuple[tuple[type[backend.BackendError], type[DSparkError]], ...] = (
-    (backend.ModelNotFoundError, ModelNotFoundError),
-    (backend.DownloadError, ModelNotFoundError),
-    (backend.ContextLengthError, ContextLengthError),
-    (backend.GrammarError, SchemaError),
-    (backend.RequestError, UserError),
-    (backend.SessionClosedError, SessionClosedError),
-    (backend.BackendError, ModelError),
-)
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    """The engine's errors as the SDK's, message unchanged."""
-    try:
-        yield
-    except backend.BackendError as error:
-        ours = next(ours for theirs, ours in _OURS if isinstance(error, theirs))
-        raise ours(str(error)) from error
