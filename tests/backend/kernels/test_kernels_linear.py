@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from dspark_backend.kernels import jit
-from dspark_backend.kernels.linear import cpu, vnni
+from dspark_backend.kernels.linear import amx, cpu, vnni
 from dspark_backend.kernels.linear.panels import pack, unpack
 from dspark_backend.kernels.linear.reference import linear_int8, quantise_rows, quantise_weight
 
@@ -129,6 +129,21 @@ def test_both_dot_products_agree(rows: int) -> None:
         np.testing.assert_array_equal(simd, plain)
         exact = q.astype(np.int64) @ w[32 * index : 32 * index + 32].astype(np.int64).T
         np.testing.assert_array_equal(plain[:, : exact.shape[1]], exact)
+
+
+@pytest.mark.parametrize("planes", [1, 2], ids=["8bit", "16bit"])
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 15, 16, 17, 31, 32, 33, 48, 65, 70])
+def test_tiles_have_the_bits_of_panels(
+    rows: int, planes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not amx.permitted():
+        pytest.skip("no tile registers here (AMX int8): only panels run")
+    layer = Layer(330, 161, planes, bias=True)
+    x = activations(rows, 330)
+    monkeypatch.setattr(cpu, "TILED_FROM", 1)
+    tiled = layer.kernel(x)
+    monkeypatch.setattr(amx, "permitted", lambda: False)
+    np.testing.assert_array_equal(tiled, layer.kernel(x))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (32, 64), (33, 65), (70, 200)], ids=str)

@@ -8,11 +8,12 @@ for bit whatever else is in the call. The oracle is ``reference.py``.
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from dspark_backend.kernels.jit import exact_kernel, kernel, parallel_kernel, prange
-from dspark_backend.kernels.linear import vnni
+from dspark_backend.kernels.linear import amx, vnni
 from dspark_backend.kernels.linear.panels import PANEL, QUAD
 
 MAX_DEPTH = 2**31 // (255 * 127)  # longest dot product that cannot overflow int32
@@ -21,6 +22,10 @@ MAX_DEPTH = 2**31 // (255 * 127)  # longest dot product that cannot overflow int
 _tile_1, _tile_2, _tile_3, _tile_4 = (vnni.panel_tile(rows) for rows in (1, 2, 3, 4))
 _tile_5, _tile_6, _tile_7, _tile_8 = (vnni.panel_tile(rows) for rows in (5, 6, 7, 8))
 _tile_9, _tile_10, _tile_11, _tile_12 = (vnni.panel_tile(rows) for rows in (9, 10, 11, 12))
+_tile_group, _tile_groups = amx.panel_product(1), amx.panel_product(2)
+
+TILED_FROM = 5
+"""Rows, planes counted, from which tile registers are used. Below, both wait for the weights."""
 
 
 @kernel
@@ -112,6 +117,15 @@ def _dot_panel_plain(
 _dot_panel = _dot_panel_simd if vnni.available() else _dot_panel_plain
 
 
+@kernel
+def _tiles(rows: int) -> tuple[int, int]:
+    """How many groups of rows and how high: equal, so that one shape of the tiles serves a call."""
+    groups = (rows + amx.TILE_ROWS - 1) // amx.TILE_ROWS
+    if groups > 1:
+        groups += groups % 2
+    return groups, (rows + groups - 1) // groups
+
+
 @exact_kernel
 def _finish(
     acc: NDArray[np.int32],
@@ -145,6 +159,70 @@ def _finish(
 
 
 @parallel_kernel
+def _linear_panels(
+    x: NDArray[np.float32],
+    weight: NDArray[np.int8],
+    scale: NDArray[np.float32],
+    sums: NDArray[np.int32],
+    bias: NDArray[np.float32],
+    planes: int,
+    out: NDArray[np.float32],
+) -> None:
+    """:func:`linear_int8` a panel at a time, on any processor."""
+    rows, channels, depth = x.shape[0], scale.shape[0], weight.shape[1] // PANEL
+    q = np.zeros((rows * planes, depth), np.uint8)
+    row_scale = np.empty(rows, np.float32)
+    _quantise(x, planes, q, row_scale)
+    for index in prange((channels + PANEL - 1) // PANEL):
+        acc = np.empty((rows * planes, PANEL), np.int32)
+        _dot_panel(q, weight, index, acc)
+        first = index * PANEL
+        cols = min(PANEL, channels - first)
+        _finish(acc, planes, row_scale, scale, sums, bias, first, cols, out)
+
+
+@parallel_kernel
+def _linear_tiled(
+    x: NDArray[np.float32],
+    weight: NDArray[np.int8],
+    scale: NDArray[np.float32],
+    sums: NDArray[np.int32],
+    bias: NDArray[np.float32],
+    planes: int,
+    threads: int,
+    out: NDArray[np.float32],
+) -> None:
+    """:func:`linear_int8` on tile registers: compiled only where ``amx.permitted()``."""
+    rows, channels, depth = x.shape[0], scale.shape[0], weight.shape[1] // PANEL
+    groups, height = _tiles(rows * planes)
+    q = np.zeros((groups * height, depth), np.uint8)
+    row_scale = np.empty(rows, np.float32)
+    _quantise(x, planes, q, row_scale)
+    shape = np.zeros(amx.CONFIG_BYTES, np.uint8)
+    amx.shape_tiles(height, shape)
+    panels = (channels + PANEL - 1) // PANEL
+    # One turn a thread, since shaping the tiles costs as much as a short panel.
+    turns = min(threads, panels)
+    for turn in prange(turns):
+        acc = np.empty((groups * height, PANEL), np.int32)
+        amx.configure(shape.ctypes.data)
+        for index in range(turn * panels // turns, (turn + 1) * panels // turns):
+            panel = weight.ctypes.data + index * weight.shape[1]
+            if groups == 1:
+                _tile_group(q.ctypes.data, depth, panel, depth, acc.ctypes.data, height)
+            else:
+                for group in range(0, groups, 2):
+                    row = group * height
+                    _tile_groups(
+                        q.ctypes.data + row * depth, depth, panel, depth,
+                        acc.ctypes.data + row * 4 * PANEL, height,
+                    )  # fmt: skip
+            first = index * PANEL
+            cols = min(PANEL, channels - first)
+            _finish(acc, planes, row_scale, scale, sums, bias, first, cols, out)
+        amx.release()
+
+
 def linear_int8(
     x: NDArray[np.float32],
     weight: NDArray[np.int8],
@@ -161,13 +239,8 @@ def linear_int8(
     [N] or [0] for none; ``planes`` 1 (8-bit activations) or 2 (16-bit). ``out`` must not alias
     ``x``.
     """
-    rows, channels, depth = x.shape[0], scale.shape[0], weight.shape[1] // PANEL
-    q = np.zeros((rows * planes, depth), np.uint8)
-    row_scale = np.empty(rows, np.float32)
-    _quantise(x, planes, q, row_scale)
-    for index in prange((channels + PANEL - 1) // PANEL):
-        acc = np.empty((rows * planes, PANEL), np.int32)
-        _dot_panel(q, weight, index, acc)
-        first = index * PANEL
-        cols = min(PANEL, channels - first)
-        _finish(acc, planes, row_scale, scale, sums, bias, first, cols, out)
+    if x.shape[0] * planes >= TILED_FROM and amx.permitted():
+        threads = numba.get_num_threads()
+        _linear_tiled(x, weight, scale, sums, bias, planes, threads, out)
+    else:
+        _linear_panels(x, weight, scale, sums, bias, planes, out)
