@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dspark_backend.kernels.exponential import exp
+from dspark_backend.kernels.maximum import largest, largest_magnitude
 from dspark_backend.kernels.norm import reference as norm_reference
 from dspark_backend.kernels.norm.cpu import add_rms_norm, rms_norm
 from dspark_backend.kernels.rope import reference as rope_reference
@@ -27,6 +28,24 @@ def test_exponential(x: float) -> None:
 
 def test_exponential_of_minus_infinity_is_zero() -> None:
     assert float(exp(np.float32(-np.inf))) == 0.0
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0], ids=["positive", "negative"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_maxima(width: int, sign: float) -> None:
+    for seed in range(8):
+        x = np.random.default_rng(seed).standard_normal(width).astype(np.float32)
+        x = np.abs(x) * np.float32(sign) if seed % 2 else x
+        assert float(largest(x)) == float(x.max())
+        assert float(largest_magnitude(x)) == float(np.abs(x).max())
+
+
+def test_maxima_of_zeros_and_infinities() -> None:
+    ends = np.array([-np.inf, -0.0, 0.0], np.float32)
+    assert float(largest(ends)) == 0.0
+    assert float(largest(ends[:1])) == -np.inf
+    assert float(largest_magnitude(ends)) == np.inf
+    assert math.isnan(largest(np.array([1.0, np.nan, np.inf], np.float32)))
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from dspark_backend.kernels.attention.tile import mix_tile, score_tile
 from dspark_backend.kernels.exponential import exp
 from dspark_backend.kernels.jit import kernel, parallel_kernel, prange
+from dspark_backend.kernels.maximum import largest
 
 _score_4x64, _score_1x64 = score_tile(4, 64), score_tile(1, 64)
 _score_2x128, _score_1x128 = score_tile(2, 128), score_tile(1, 128)
@@ -97,9 +98,7 @@ def _row(
     scale = np.float32(1.0 / np.sqrt(q.shape[1]))
     _scores(q, keys, seen, scores)
     for g in range(q.shape[0]):
-        top = scores[g, 0]
-        for j in range(1, seen):
-            top = max(top, scores[g, j])
+        top = largest(scores[g, :seen])
         total = np.float32(0.0)
         for j in range(seen):
             weight = exp((scores[g, j] - top) * scale)

@@ -34,7 +34,7 @@ CONFIG_BYTES = 64
 
 _LINE = 64  # bytes of a tile's row
 _LANES = 16  # int32 sums, or channels, in it
-_AHEAD = 4096  # as in ``vnni.py``
+_AHEAD = 8192
 # Tiles 0 to 3 hold sums (two of channels for each of two groups of rows), the others operands.
 _ACTIVATIONS, _WEIGHTS = (4, 5), (6, 7)
 
@@ -104,27 +104,28 @@ release: Callable[[], None] = cast("Callable[[], None]", _release)
 
 
 def panel_product(groups: int) -> Any:
-    """An intrinsic ``product(x, ldx, w, k, out, rows)``: ``groups`` (1 or 2) tiles of rows against
+    """An intrinsic ``product(x, k, w, out, ldo, rows)``: ``groups`` (1 or 2) tiles of rows against
     one panel.
 
     ``rows`` is what :func:`configure` shaped the tiles to, at most ``TILE_ROWS``; ``x`` address of
-    uint8 ``[groups * rows, k]`` (row stride ``ldx`` bytes), ``w`` address of the panel, ``out``
-    address of int32 ``[groups * rows, PANEL]``. ``k`` is a positive multiple of ``DEPTH_STEP``.
+    uint8 ``[groups * rows, k]``, ``w`` address of the panel, ``out`` address of int32
+    ``[groups * rows, PANEL]`` with ``ldo`` elements a row. ``k`` is a positive multiple of
+    ``DEPTH_STEP``.
     """
 
     @intrinsic
-    def product(typingctx: Any, x: Any, ldx: Any, w: Any, k: Any, out: Any, rows: Any) -> Any:
+    def product(typingctx: Any, x: Any, k: Any, w: Any, out: Any, ldo: Any, rows: Any) -> Any:
         signature = types.void(*([types.intp] * 6))
 
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            x, ldx, w, depth, out, rows = args
+            x, depth, w, out, ldo, rows = args
 
             def at(base: Any, offset: int) -> Any:
                 return b.inttoptr(b.add(base, ir.Constant(_I64, offset)), _POINTER)
 
             for number in range(2 * groups):
                 _void(b, "llvm.x86.tilezero", _tile(number))
-            starts = [x, b.add(x, b.mul(ldx, rows))]
+            starts = [x, b.add(x, b.mul(depth, rows))]
             quad_stride = ir.Constant(_I64, PANEL * QUAD)
             entry = b.block
             body, done = b.append_basic_block("k"), b.append_basic_block("done")
@@ -142,7 +143,7 @@ def panel_product(groups: int) -> Any:
             for group in range(groups):
                 activations = _tile(_ACTIVATIONS[group])
                 row = b.inttoptr(b.add(starts[group], place), _POINTER)
-                _void(b, "llvm.x86.tileloadd64", activations, row, ldx)
+                _void(b, "llvm.x86.tileloadd64", activations, row, depth)
                 for half, tile in enumerate(_WEIGHTS):
                     sums = _tile(2 * group + half)
                     _void(b, "llvm.x86.tdpbusd", sums, activations, _tile(tile))
@@ -150,9 +151,10 @@ def panel_product(groups: int) -> Any:
             place.add_incoming(following, b.block)
             b.cbranch(b.icmp_signed("<", following, depth), body, done)
             b.position_at_end(done)
-            row_bytes = ir.Constant(_I64, 4 * PANEL)
+            row_bytes = b.mul(ldo, ir.Constant(_I64, 4))
+            below = b.mul(rows, row_bytes)
             for group in range(groups):
-                first = b.add(out, b.mul(rows, ir.Constant(_I64, group * 4 * PANEL)))
+                first = b.add(out, below) if group else out
                 for half in range(2):
                     sums = _tile(2 * group + half)
                     lanes = at(first, half * 4 * _LANES)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from dspark_backend.kernels.jit import exact_kernel, kernel, parallel_kernel, prange
 from dspark_backend.kernels.linear import amx, vnni
 from dspark_backend.kernels.linear.panels import PANEL, QUAD
+from dspark_backend.kernels.maximum import largest_magnitude
 
 MAX_DEPTH = 2**31 // (255 * 127)  # longest dot product that cannot overflow int32
 
@@ -24,34 +25,34 @@ _tile_5, _tile_6, _tile_7, _tile_8 = (vnni.panel_tile(rows) for rows in (5, 6, 7
 _tile_9, _tile_10, _tile_11, _tile_12 = (vnni.panel_tile(rows) for rows in (9, 10, 11, 12))
 _tile_group, _tile_groups = amx.panel_product(1), amx.panel_product(2)
 
+# Panels whose sums are scaled together: reading sums that were stored just now waits for them.
+_TOGETHER = 8
+
 TILED_FROM = 5
 """Rows, planes counted, from which tile registers are used. Below, both wait for the weights."""
 
 
 @kernel
-def _quantise(
-    x: NDArray[np.float32], planes: int, q: NDArray[np.uint8], scale: NDArray[np.float32]
+def _quantise_row(
+    x: NDArray[np.float32], row: int, planes: int, q: NDArray[np.uint8], scale: NDArray[np.float32]
 ) -> None:
-    """``x`` [R, K] -> ``q`` [R * planes, Kp] (high plane first, offset 128), ``scale`` [R]."""
-    rows, depth = x.shape
+    """Row ``row`` of ``x`` [R, K] -> its rows of ``q`` [R * planes, Kp] (high plane first, offset
+    128) and ``scale[row]``."""
+    depth = x.shape[1]
     levels = np.float32(127.0) if planes == 1 else np.float32(127.0 * 256.0 + 255.0)
-    for r in range(rows):
-        top = np.float32(0.0)
+    step = largest_magnitude(x[row]) / levels
+    scale[row] = step
+    inverse = np.float32(1.0) / step if step > 0 else np.float32(0.0)
+    if planes == 1:
         for i in range(depth):
-            top = max(top, abs(x[r, i]))
-        step = top / levels
-        scale[r] = step
-        inverse = np.float32(1.0) / step if step > 0 else np.float32(0.0)
-        if planes == 1:
-            for i in range(depth):
-                v = np.int32(np.rint(x[r, i] * inverse))
-                q[r, i] = np.uint8(max(np.int32(-127), min(np.int32(127), v)) + 128)
-        else:
-            for i in range(depth):
-                v = np.int32(np.rint(x[r, i] * inverse))
-                v = max(np.int32(-32767), min(np.int32(32767), v))
-                q[2 * r, i] = np.uint8((v >> 8) + 128)
-                q[2 * r + 1, i] = np.uint8(v & 255)
+            v = np.int32(np.rint(x[row, i] * inverse))
+            q[row, i] = np.uint8(max(np.int32(-127), min(np.int32(127), v)) + 128)
+    else:
+        for i in range(depth):
+            v = np.int32(np.rint(x[row, i] * inverse))
+            v = max(np.int32(-32767), min(np.int32(32767), v))
+            q[2 * row, i] = np.uint8((v >> 8) + 128)
+            q[2 * row + 1, i] = np.uint8(v & 255)
 
 
 @kernel
@@ -140,22 +141,26 @@ def _finish(
 ) -> None:
     """Take the offset of 128 out of the integer sums, then scale; one rounding for one plane's
     sums, none before the scale for two."""
+    # Slices, since LLVM vectorises loops over arrays that begin where the loop does.
+    last = first + cols
+    own_scale, own_sums = scale[first:last], sums[first:last]
     for r in range(row_scale.shape[0]):
-        step = row_scale[r]
+        step, to = row_scale[r], out[r, first:last]
         if planes == 1:
+            whole = acc[r, :cols]
             for c in range(cols):
-                n = first + c
-                whole = np.float32(acc[r, c] - np.int32(128) * sums[n])
-                out[r, n] = whole * (step * scale[n])
+                exact = np.int32(whole[c] - np.int32(128) * own_sums[c])
+                to[c] = np.float32(exact) * (step * own_scale[c])
         else:
+            high, low = acc[2 * r, :cols], acc[2 * r + 1, :cols]
             for c in range(cols):
-                n = first + c
-                high = np.float64(acc[2 * r, c] - np.int32(128) * sums[n])
-                exact = high * 256.0 + np.float64(acc[2 * r + 1, c])
-                out[r, n] = np.float32(exact * np.float64(step * scale[n]))
+                above = np.int32(high[c] - np.int32(128) * own_sums[c])
+                both = np.float64(above) * 256.0 + np.float64(low[c])
+                to[c] = np.float32(both * np.float64(step * own_scale[c]))
         if bias.shape[0] > 0:
+            own_bias = bias[first:last]
             for c in range(cols):
-                out[r, first + c] += bias[first + c]
+                to[c] += own_bias[c]
 
 
 @parallel_kernel
@@ -172,13 +177,28 @@ def _linear_panels(
     rows, channels, depth = x.shape[0], scale.shape[0], weight.shape[1] // PANEL
     q = np.zeros((rows * planes, depth), np.uint8)
     row_scale = np.empty(rows, np.float32)
-    _quantise(x, planes, q, row_scale)
+    for row in range(rows):
+        _quantise_row(x, row, planes, q, row_scale)
     for index in prange((channels + PANEL - 1) // PANEL):
         acc = np.empty((rows * planes, PANEL), np.int32)
         _dot_panel(q, weight, index, acc)
         first = index * PANEL
         cols = min(PANEL, channels - first)
         _finish(acc, planes, row_scale, scale, sums, bias, first, cols, out)
+
+
+@kernel
+def _dot_tiles(
+    q: NDArray[np.uint8], panel: int, groups: int, height: int, out: int, width: int
+) -> None:
+    """All rows of ``q`` against the panel at that address; ``out`` int32, ``width`` to a row."""
+    depth = q.shape[1]
+    if groups == 1:
+        _tile_group(q.ctypes.data, depth, panel, out, width, height)
+    else:
+        for row in range(0, groups * height, 2 * height):
+            x, to = q.ctypes.data + row * depth, out + 4 * row * width
+            _tile_groups(x, depth, panel, to, width, height)
 
 
 @parallel_kernel
@@ -197,28 +217,25 @@ def _linear_tiled(
     groups, height = _tiles(rows * planes)
     q = np.zeros((groups * height, depth), np.uint8)
     row_scale = np.empty(rows, np.float32)
-    _quantise(x, planes, q, row_scale)
+    for row in range(rows):
+        _quantise_row(x, row, planes, q, row_scale)
     shape = np.zeros(amx.CONFIG_BYTES, np.uint8)
     amx.shape_tiles(height, shape)
     panels = (channels + PANEL - 1) // PANEL
     # One turn a thread, since shaping the tiles costs as much as a short panel.
     turns = min(threads, panels)
     for turn in prange(turns):
-        acc = np.empty((groups * height, PANEL), np.int32)
+        acc = np.empty((groups * height, _TOGETHER * PANEL), np.int32)
         amx.configure(shape.ctypes.data)
-        for index in range(turn * panels // turns, (turn + 1) * panels // turns):
-            panel = weight.ctypes.data + index * weight.shape[1]
-            if groups == 1:
-                _tile_group(q.ctypes.data, depth, panel, depth, acc.ctypes.data, height)
-            else:
-                for group in range(0, groups, 2):
-                    row = group * height
-                    _tile_groups(
-                        q.ctypes.data + row * depth, depth, panel, depth,
-                        acc.ctypes.data + row * 4 * PANEL, height,
-                    )  # fmt: skip
-            first = index * PANEL
-            cols = min(PANEL, channels - first)
+        last = (turn + 1) * panels // turns
+        for start in range(turn * panels // turns, last, _TOGETHER):
+            end = min(start + _TOGETHER, last)
+            for index in range(start, end):
+                panel = weight.ctypes.data + index * weight.shape[1]
+                sums_at = acc.ctypes.data + 4 * PANEL * (index - start)
+                _dot_tiles(q, panel, groups, height, sums_at, acc.shape[1])
+            first = start * PANEL
+            cols = min(end * PANEL, channels) - first
             _finish(acc, planes, row_scale, scale, sums, bias, first, cols, out)
         amx.release()
 
