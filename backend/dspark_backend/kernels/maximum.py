@@ -33,4 +33,4 @@ def largest_magnitude(x: NDArray[np.float32]) -> np.float32:
     for i in range(bits.shape[0]):
         magnitude = np.int32(bits[i] & _MAGNITUDE)
         top = magnitude if magnitude > top else top
-    return top.view(np.float32)
+    return np.int32(top).view(np.float32)
