@@ -55,9 +55,7 @@ class DSparkDrafter:
             if files.d2t is None
             else DraftVocabulary(files.d2t.numpy())
         )
-        self._stage = SequentialStage(
-            self._weights, self.config, vocabulary, files.calibration.temperatures
-        )
+        self._stage = SequentialStage(self._weights, self.config, vocabulary, files.calibration)
         # A block may begin at the last position: its slots lie past it.
         self._cos, self._sin = tables(shape, max_positions + self.block_size)
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dspark_backend.drafter.calibration import Calibration
 from dspark_backend.drafter.config import DrafterConfig, HeadType
 from dspark_backend.drafter.weights import DraftWeights, SequentialWeights
 from dspark_backend.speculation.guide import Slot
@@ -21,19 +22,19 @@ Rows = NDArray[np.float32]
 
 
 class SequentialStage:
-    """Hidden states in, proposals out; ``temperatures`` (one a slot) calibrate the confidences."""
+    """Hidden states in, proposals out, with calibrated confidences."""
 
     def __init__(
         self,
         weights: DraftWeights,
         config: DrafterConfig,
         vocabulary: DraftVocabulary,
-        temperatures: Sequence[float],
+        calibration: Calibration,
     ) -> None:
         self._weights = weights
         self._config = config
         self._vocabulary = vocabulary
-        self._temperatures = temperatures
+        self._calibration = calibration
 
     def run(self, hidden: Rows, anchors: Sequence[Anchor]) -> list[Proposal]:
         """``hidden`` [S, g, d]: the block of each anchor."""
@@ -57,7 +58,7 @@ class SequentialStage:
             if head is not None:
                 previous = head.embed(token)
                 row = row + head.bias(hidden[:, k], previous)
-            sure[:, k] = self._confidence(hidden[:, k], previous, self._temperatures[k])
+            sure[:, k] = self._confidence(hidden[:, k], previous, k)
             token = self._vocabulary.ids[row.argmax(axis=1)]
             for i, chain in chains.items():
                 token[i], sure[i, k] = chain.take(
@@ -72,9 +73,7 @@ class SequentialStage:
             for i in range(sessions)
         ]
 
-    def _confidence(
-        self, hidden: Rows, previous: Rows | None, temperature: float
-    ) -> NDArray[np.float64]:
+    def _confidence(self, hidden: Rows, previous: Rows | None, slot: int) -> NDArray[np.float64]:
         """Calibrated c_k [S]; 1 where the drafter has no such head: it never says to stop."""
         weights = self._weights
         if weights.confidence is None:
@@ -84,8 +83,7 @@ class SequentialStage:
             x = np.concatenate([hidden, previous], axis=1)
         # Row by row in float64: a matrix product could change bits with the number of rows.
         logits = np.array([float((row.astype(np.float64) * weights.confidence).sum()) for row in x])
-        scaled = (logits + weights.confidence_bias) / temperature
-        return 0.5 * (1 + np.tanh(0.5 * scaled))
+        return self._calibration.confidence(slot, logits + weights.confidence_bias)
 
 
 class _Chain:

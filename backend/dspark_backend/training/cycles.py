@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dspark_backend.drafter.calibration import Calibration
 from dspark_backend.drafter.model import DraftModel
 from dspark_backend.training.blocks import blocks_at, trainable
 from dspark_backend.training.features import Example
@@ -109,28 +110,23 @@ def conditional_acceptance(cycles: Sequence[Cycles], block_size: int) -> list[fl
 
 
 def survivals(
-    cycles: Sequence[Cycles], temperatures: Sequence[float]
+    cycles: Sequence[Cycles], calibration: Calibration
 ) -> list[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
     """For every slot k: predicted cumulative survival and whether slots 1..k stood.
 
     Over the cycles in which slot k lay inside the answer.
     """
+    slots = range(len(calibration.temperatures))
     if not cycles:
         empty = np.zeros(0)
-        return [(empty, empty.astype(np.bool_)) for _ in temperatures]
+        return [(empty, empty.astype(np.bool_)) for _ in slots]
     logits = np.concatenate([each.confidence_logits for each in cycles])
     accepted = np.concatenate([each.accepted for each in cycles])
     offered = np.concatenate([each.offered for each in cycles])
     survival = np.ones(len(logits))
     pairs = []
-    for k, temperature in enumerate(temperatures):
-        survival = survival * sigmoid(logits[:, k] / temperature)
+    for k in slots:
+        survival = survival * calibration.confidence(k, logits[:, k])
         inside = offered > k
         pairs.append((survival[inside], accepted[inside] > k))
     return pairs
-
-
-def sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """``1 / (1 + e^-x)`` without overflow."""
-    out: NDArray[np.float64] = 0.5 * (1 + np.tanh(0.5 * x))
-    return out

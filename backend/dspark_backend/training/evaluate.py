@@ -70,7 +70,7 @@ def replay_all(
 
 def evaluate(cycles: Sequence[Cycles], calibration: Calibration) -> Evaluation:
     """The figures of ``cycles`` with and without ``calibration``."""
-    bins = survivals(cycles, calibration.temperatures)
+    bins = survivals(cycles, calibration)
     return Evaluation(
         overall=_figures(cycles, calibration),
         by_source={
@@ -86,15 +86,15 @@ def evaluate(cycles: Sequence[Cycles], calibration: Calibration) -> Evaluation:
 
 
 def _figures(cycles: Sequence[Cycles], calibration: Calibration) -> Figures:
-    temperatures = calibration.temperatures
-    before = survivals(cycles, [1.0] * len(temperatures))
-    after = survivals(cycles, temperatures)
+    slots = len(calibration.temperatures)
+    before = survivals(cycles, Calibration.identity(slots))
+    after = survivals(cycles, calibration)
     return Figures(
         rollouts=len(cycles),
         tokens=sum(each.tokens for each in cycles),
         cycles=sum(len(each.accepted) for each in cycles),
         accepted_length=accepted_length(cycles),
-        acceptance=tuple(conditional_acceptance(cycles, len(temperatures))),
+        acceptance=tuple(conditional_acceptance(cycles, slots)),
         auc=tuple(ranking(p, y) for p, y in after),
         ece_before=tuple(calibration_error(p, y) for p, y in before),
         ece_after=tuple(calibration_error(p, y) for p, y in after),

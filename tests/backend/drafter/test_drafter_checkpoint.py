@@ -219,6 +219,19 @@ def test_a_calibration_for_another_block_is_refused(
         open_drafter(folder, drafter.target)
 
 
+@pytest.mark.parametrize("offsets", [(1.0, 1.0), (0.0, 0.0, float("inf"), 0.0, 0.0)])
+def test_offsets_for_another_block_are_refused(
+    offsets: tuple[float, ...], make_drafter: MakeDrafter, tmp_path: Path
+) -> None:
+    drafter = make_drafter("llama")
+    calibration = Calibration(temperatures=(1.0,) * 5, data_set="d", samples=1)
+    folder = write(drafter, tmp_path / "d", calibration=calibration)
+    text = calibration.model_copy(update={"offsets": offsets}).model_dump_json()
+    (folder / "calibration.json").write_text(text.replace("null", "1e999"))
+    with pytest.raises(ModelFormatError, match="offsets"):
+        open_drafter(folder, drafter.target)
+
+
 def test_a_large_drafter_is_split_into_small_files(
     make_drafter: MakeDrafter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

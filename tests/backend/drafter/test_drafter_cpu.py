@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,7 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 IDS = [f"{v['family']}-{v['head']}-{i}" for i, v in enumerate(VARIANTS)]
 TEMPERATURES = (1.0, 1.3, 0.8, 2.0, 0.5, 1.0, 1.0)
+OFFSETS = (0.0, -0.7, 0.4, 0.0, 1.0, 0.0, 0.0)
 
 
 class Ready:
@@ -50,7 +52,9 @@ class Ready:
     def __init__(self, drafter: Any, folder: Path, precision: Precision) -> None:
         copies = {"embed_tokens.weight": drafter.embedding, "lm_head.weight": drafter.lm_head}
         size = drafter.config.block_size
-        calibration = Calibration(temperatures=TEMPERATURES[:size], data_set="d", samples=1)
+        calibration = Calibration(
+            temperatures=TEMPERATURES[:size], offsets=OFFSETS[:size], data_set="d", samples=1
+        )
         write_drafter(
             folder, drafter.config, drafter.state, drafter.d2t, calibration, Storage.INT8, copies
         )
@@ -98,7 +102,7 @@ def test_drafts_and_survivals_are_those_of_the_reference(
     for k, (mine, expected) in enumerate(zip(proposal.tokens, tokens, strict=True)):
         if it.random.config.confidence:
             odds = sure[k] / (1 - sure[k])
-            survival *= 1 / (1 + odds ** (-1 / TEMPERATURES[k]))
+            survival *= 1 / (1 + odds ** (-1 / TEMPERATURES[k]) * math.exp(-OFFSETS[k]))
         assert proposal.survival[k] == pytest.approx(survival, abs=0.03)
         if mine != expected:
             margin = logits[k, d2t.index(expected)] - logits[k, d2t.index(mine)]

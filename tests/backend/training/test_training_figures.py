@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from dspark_backend.drafter.calibration import Calibration
 from dspark_backend.drafter.model import DraftModel
 from dspark_backend.request import StepKind
 from dspark_backend.training.calibrate import calibrate
@@ -17,7 +18,6 @@ from dspark_backend.training.cycles import (
     conditional_acceptance,
     draft_everywhere,
     replay,
-    sigmoid,
     survivals,
 )
 from dspark_backend.training.errors import TrainingError
@@ -33,13 +33,18 @@ def cycles_of(accepted: list[int], offered: list[int], logits: np.ndarray | None
     return Cycles("code", "text", tokens, np.array(accepted), np.array(offered), rows)
 
 
-def invented(count: int, sharpness: float, seed: int = 0) -> Cycles:
-    """Cycles whose drafts survive with known probabilities, and logits ``sharpness`` times true."""
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def invented(count: int, sharpness: float, seed: int = 0, shift: float = 0.0) -> Cycles:
+    """Cycles whose drafts survive with known probabilities; logits are ``sharpness`` times those of
+    the probabilities after ``shift``."""
     rng = np.random.default_rng(seed)
     true = rng.normal(0.5, 1.5, (count, 3))
     stood = rng.random((count, 3)) < sigmoid(true)
     accepted = np.cumprod(stood, axis=1).sum(axis=1)
-    logits = true * sharpness
+    logits = (true + shift) * sharpness
     return Cycles("code", "text", int(accepted.sum()) + count, accepted, np.full(count, 3), logits)
 
 
@@ -101,9 +106,12 @@ def test_accepted_length_counts_the_bonus_and_acceptance_is_conditional() -> Non
 
 def test_survivals_are_cumulative_and_only_of_slots_inside_the_answer() -> None:
     logits = np.array([[0.0, 2.0, 4.0], [1.0, 1.0, 1.0]])
-    pairs = survivals([cycles_of([1, 2], [3, 2], logits)], [1.0, 2.0, 4.0])
+    calibrated = Calibration(
+        temperatures=(1.0, 2.0, 4.0), offsets=(0.0, 0.5, 0.0), data_set="d", samples=1
+    )
+    pairs = survivals([cycles_of([1, 2], [3, 2], logits)], calibrated)
     assert [len(p) for p, _ in pairs] == [2, 2, 1]
-    np.testing.assert_allclose(pairs[1][0], sigmoid(logits[:, 0]) * sigmoid(logits[:, 1] / 2))
+    np.testing.assert_allclose(pairs[1][0], sigmoid(logits[:, 0]) * sigmoid(logits[:, 1] / 2 + 0.5))
     assert pairs[0][1].tolist() == [True, True]
     assert pairs[1][1].tolist() == [False, True]
     assert pairs[2][1].tolist() == [False]
@@ -113,11 +121,21 @@ def test_survivals_are_cumulative_and_only_of_slots_inside_the_answer() -> None:
 def test_calibration_finds_the_temperature_that_was_put_in(sharpness: float) -> None:
     calibration = calibrate([invented(20_000, sharpness)], 3, "invented")
     assert calibration.temperatures == pytest.approx([sharpness] * 3, rel=0.15)
+    assert calibration.offsets == pytest.approx([0.0] * 3, abs=0.1)
     assert min(calibration.ece_before) > 0.04
     assert max(calibration.ece_after) < 0.015
     assert calibration.samples == 20_000
     fresh = evaluate([invented(20_000, sharpness, seed=1)], calibration)
     assert max(fresh.overall.ece_after) < 0.02 < min(fresh.overall.ece_before)
+
+
+def test_a_head_that_is_too_sure_everywhere_is_shifted_and_not_flattened() -> None:
+    """Half of the answers are wrong and the logits say so, but for a constant."""
+    calibration = calibrate([invented(20_000, 1.0, shift=1.5)], 3, "invented")
+    assert calibration.temperatures == pytest.approx([1.0] * 3, rel=0.15)
+    assert calibration.offsets == pytest.approx([-1.5] * 3, abs=0.2)
+    fresh = evaluate([invented(20_000, 1.0, seed=1, shift=1.5)], calibration)
+    assert max(fresh.overall.ece_after) < 0.02 < 0.05 < min(fresh.overall.ece_before)
 
 
 def test_calibration_wants_cycles() -> None:

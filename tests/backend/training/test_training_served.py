@@ -22,7 +22,7 @@ from dspark_backend.speculation.policies import Fixed
 from dspark_backend.speculation.protocol import Anchor, Proposal
 from dspark_backend.speculation.signals import Signals
 from dspark_backend.target.precision import Precision
-from dspark_backend.training.cycles import Cycles, draft_everywhere, sigmoid
+from dspark_backend.training.cycles import Cycles, draft_everywhere
 from dspark_backend.training.evaluate import replay_all
 from dspark_backend.training.evaluation_run import load_model
 from dspark_backend.training.features import DecoderFeatures
@@ -127,7 +127,7 @@ def test_the_engine_is_as_sure_as_replaying_is(
     rows = [position - example.first for position in made if position < len(example.tokens) - 1]
     assert len(rows) > 10
     ours = np.array([made[row + example.first].survival[0] for row in rows])
-    theirs = sigmoid(logits[rows, 0])
+    theirs = 1 / (1 + np.exp(-logits[rows, 0]))
     assert theirs.std() > 0.2
     assert np.abs(ours - theirs).mean() < 0.01
 
