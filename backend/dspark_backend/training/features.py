@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dspark_backend.catalog.files import ModelFiles
 from dspark_backend.kernels import jit
+from dspark_backend.kernels.mass import mass_outside
 from dspark_backend.kernels.norm.cpu import rms_norm
 from dspark_backend.kv.contiguous import KVBudget, SequenceKV
 from dspark_backend.target.batch import Batch, Rows
@@ -99,7 +100,7 @@ class DecoderFeatures:
                 kv.length = end
                 features.append(torch.from_numpy(result.features))
                 outside.append(outside_mass(result.logits, self._d2t))
-                greedy.append(result.logits.argmax(dim=-1))
+                greedy.append(torch.from_numpy(result.logits.numpy().argmax(axis=-1)))
         finally:
             kv.close()
             # Numba's OpenMP layer sets the number of threads that torch goes by as well.
@@ -146,5 +147,11 @@ def outside_mass(logits: Tensor, d2t: Tensor | None) -> Tensor:
     """``logits`` [R, V] -> float32 [R]: the probability of what is not in the draft vocabulary."""
     if d2t is None or not len(logits):
         return torch.zeros(len(logits))
+    if logits.device.type == "cpu" and logits.dtype is torch.float32:
+        inside = torch.zeros(logits.shape[1], dtype=torch.bool)
+        inside[d2t] = True
+        out = torch.empty(len(logits))
+        mass_outside(logits.contiguous().numpy(), inside.numpy(), out.numpy())
+        return out
     said = torch.logsumexp(logits[:, d2t], dim=-1) - torch.logsumexp(logits, dim=-1)
     return -torch.expm1(said.clamp_max(0.0))

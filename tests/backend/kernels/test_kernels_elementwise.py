@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dspark_backend.kernels.exponential import exp
+from dspark_backend.kernels.mass import mass_outside
 from dspark_backend.kernels.maximum import largest, largest_magnitude
 from dspark_backend.kernels.norm import reference as norm_reference
 from dspark_backend.kernels.norm.cpu import add_rms_norm, rms_norm
@@ -46,6 +47,18 @@ def test_maxima_of_zeros_and_infinities() -> None:
     assert float(largest(ends[:1])) == -np.inf
     assert float(largest_magnitude(ends)) == np.inf
     assert math.isnan(largest(np.array([1.0, np.nan, np.inf], np.float32)))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_mass_outside(width: int) -> None:
+    rng = np.random.default_rng(width)
+    logits = (rng.standard_normal((5, width)) * 6).astype(np.float32)
+    logits[0, 0] = -np.inf if width > 1 else 0.0
+    inside = rng.random(width) < 0.5
+    out = np.empty(5, np.float32)
+    mass_outside(logits, inside, out)
+    p = torch.softmax(torch.from_numpy(logits).double(), dim=-1).numpy()
+    np.testing.assert_allclose(out, p[:, ~inside].sum(axis=1), rtol=2e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
