@@ -37,6 +37,7 @@ class DecodePeerName(StrEnum):
 
 class StepsPeerName(StrEnum):
     LLAMA_CPP = "llama-cpp"
+    TOKEN_BY_TOKEN = "token-by-token"
     PLAIN = "plain"
     FIXED = "fixed"
     THRESHOLD = "threshold"

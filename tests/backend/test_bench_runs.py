@@ -14,7 +14,7 @@ from rich.console import Console
 from dspark_backend.bench.decode import DecodeReport, DecodeSettings, run_decode
 from dspark_backend.bench.errors import BenchError
 from dspark_backend.bench.explain import explain_table
-from dspark_backend.bench.lineup import Terms
+from dspark_backend.bench.lineup import TOKEN_BY_TOKEN, Terms
 from dspark_backend.bench.quality import QualitySettings, run_quality
 from dspark_backend.bench.steps import StepsSettings, run_steps
 from dspark_backend.bench.steps_report import StepsReport
@@ -259,3 +259,20 @@ def test_explained_steps_account_for_every_cycle(
     bare = report.model_copy(update={"runs": ()})
     with pytest.raises(ValueError, match="explain"):
         explain_table(bare, resolve(model).tokenizer())
+
+
+def test_token_by_token_makes_a_pass_for_every_token(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text(f"{json.dumps(TRACE)}\n")
+    model = str(tiny_checkpoint("qwen2", max_position_embeddings=2048))
+    terms = Terms(threads=1, peers=("plain", TOKEN_BY_TOKEN))
+    report = run_steps(StepsSettings(model=model, trace=trace, terms=terms))
+    passes = {}
+    for name in ("plain", TOKEN_BY_TOKEN):
+        (run,) = report.peers[name].runs
+        assert all(step.valid for step in run.steps if step.kind != "text")
+        passes[name] = [(len(step.token_ids), step.metrics.cycles) for step in run.steps]
+    assert all(written <= cycles for written, cycles in passes[TOKEN_BY_TOKEN])
+    assert any(written > cycles for written, cycles in passes["plain"])

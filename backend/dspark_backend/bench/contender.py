@@ -12,6 +12,7 @@ from typing import Protocol
 
 from dspark_backend.grammar.spec import TurnSpec
 from dspark_backend.metrics import EngineMetrics
+from dspark_backend.request import ForcedMode
 from dspark_backend.speculation.account import CycleAccount
 from dspark_backend.speculation.signals import Signals
 
@@ -22,8 +23,8 @@ class ContenderSpec:
     the file they were converted from; ``end_token_ids`` end a turn; ``dialect`` names how this
     model writes tool calls. ``speculation`` and ``drafter`` (a checkpoint folder; ``None`` for the
     one that ships) are our engine's alone, as are ``policy`` (a budget policy's name, None for the
-    engine's own), ``signals`` (None for all of them) and ``kv_bytes`` (None for the engine's usual
-    grant)."""
+    engine's own), ``signals`` (None for all of them), ``forced`` (how tokens without a choice are
+    taken) and ``kv_bytes`` (None for the engine's usual grant)."""
 
     model: str
     folder: Path
@@ -37,6 +38,7 @@ class ContenderSpec:
     drafter: Path | None = None
     policy: str | None = None
     signals: Signals | None = None
+    forced: ForcedMode = ForcedMode.CANONICAL
     kv_bytes: int | None = None
 
 

@@ -7,7 +7,7 @@ import time
 from dspark_backend.bench.contender import ContenderSpec, Loaded, Sample, Turn
 from dspark_backend.engine import DEFAULT_KV_BYTES, Engine
 from dspark_backend.events import StepEvent, Tokens
-from dspark_backend.request import SamplingParams, StepKind, StepRequest
+from dspark_backend.request import ForcedMode, SamplingParams, StepKind, StepRequest
 from dspark_backend.session import Session
 
 
@@ -29,6 +29,7 @@ class DSparkContender:
             kv_bytes=DEFAULT_KV_BYTES if spec.kv_bytes is None else spec.kv_bytes,
         )
         self._session: Session | None = None
+        self._forced = spec.forced
         self.loaded = Loaded(
             precision=self._engine.precision.value, load_s=time.perf_counter() - began
         )
@@ -41,13 +42,18 @@ class DSparkContender:
     def turn(self, turn: Turn) -> Sample:
         if self._session is None:
             self._session = self._engine.open_session()
-        return write(self._engine, self._session, turn)
+        return write(self._engine, self._session, turn, self._forced)
 
     def close(self) -> None:
         self._engine.close()
 
 
-def write(engine: Engine, session: Session, turn: Turn) -> Sample:
+def write(
+    engine: Engine,
+    session: Session,
+    turn: Turn,
+    forced: ForcedMode = ForcedMode.CANONICAL,
+) -> Sample:
     """One turn of a conversation that ``session`` holds, with its seconds by this thread's clock.
 
     Raises what :meth:`Engine.submit` and the step raise.
@@ -65,6 +71,7 @@ def write(engine: Engine, session: Session, turn: Turn) -> Sample:
         max_new_tokens=turn.max_new_tokens,
         sampling=SamplingParams(temperature=turn.temperature, seed=turn.seed),
         grammar=grammar,
+        forced=forced,
         kind=StepKind.TEXT if turn.spec is None else turn.spec.kind,
         explain=turn.explain,
     )

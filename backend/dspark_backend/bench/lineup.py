@@ -15,6 +15,7 @@ from dspark_backend.bench.worker import Worker
 from dspark_backend.catalog import ModelFiles, ProgressSink, resolve
 from dspark_backend.grammar.dialect import Dialect, dialect_for
 from dspark_backend.processor import usable_cores
+from dspark_backend.request import ForcedMode
 from dspark_backend.speculation.signals import Signals
 from dspark_backend.tokenizer import Tokenizer
 
@@ -25,8 +26,10 @@ OTHERS = {
     "transformers": "dspark_backend.bench.peers.transformers:TransformersPeer",
     "llama-cpp": "dspark_backend.bench.peers.llama_cpp:LlamaCppPeer",
 }
-# Our own engine beside itself: without speculation, or drafting as engines without agents do.
-OURSELVES = ("plain", "fixed", "threshold", "prefix_throughput")
+TOKEN_BY_TOKEN = "token-by-token"
+# Our own engine beside itself: without speculation (and without forced spans), or drafting as
+# engines without agents do.
+OURSELVES = (TOKEN_BY_TOKEN, "plain", "fixed", "threshold", "prefix_throughput")
 PEERS = (*OTHERS, *OURSELVES)
 _CONTEXT_STEP = 256
 _WARM_UP_TOKENS = 4
@@ -139,6 +142,12 @@ def plain_spec(spec: ContenderSpec) -> ContenderSpec:
     return replace(spec, speculation=False, drafter=None, policy=None)
 
 
+def token_by_token_spec(spec: ContenderSpec) -> ContenderSpec:
+    """Plain decoding with a pass for every token, also for those that the grammar determines: what
+    published speed-ups of constrained steps are over."""
+    return replace(plain_spec(spec), forced=ForcedMode.OFF)
+
+
 def drafting_spec(spec: ContenderSpec, policy: str) -> ContenderSpec:
     """The same engine verifying its drafter's blocks alone, as engines without agents do."""
     return replace(spec, speculation=True, policy=policy, signals=Signals.drafts_alone())
@@ -161,6 +170,8 @@ def in_turn(workers: Sequence[W], index: int) -> list[W]:
 def _peer(name: str, spec: ContenderSpec) -> Worker:
     if name == "plain":
         return Worker(name, OURS, plain_spec(spec))
+    if name == TOKEN_BY_TOKEN:
+        return Worker(name, OURS, token_by_token_spec(spec))
     if name in OURSELVES:
         return Worker(name, OURS, drafting_spec(spec, name))
     return Worker(name, OTHERS[name], spec)
