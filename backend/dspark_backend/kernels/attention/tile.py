@@ -1,4 +1,4 @@
-"""The two inner loops of attention as LLVM IR on 16-wide float vectors.
+"""The inner loops of attention as LLVM IR on 16-wide float vectors.
 
 Numba's loops spill their accumulators at every step, since it cannot tell LLVM that the arrays do
 not overlap; here they stay in registers. The vectors are LLVM's own type, so any processor runs
@@ -15,9 +15,11 @@ from numba.core import types
 from numba.extending import intrinsic
 
 LANES = 16
+_DEPTH = 8  # products a turn of the scores' loop
 
 _F32, _I64 = ir.FloatType(), ir.IntType(64)
 _VECTOR = ir.VectorType(_F32, LANES)
+_PICK = ir.VectorType(ir.IntType(32), LANES)
 _SIGNATURE = types.void(*([types.intp] * 6))
 
 
@@ -74,47 +76,94 @@ def _counted(b: Any, count: Any, carried: list[Any], body: Callable[..., list[An
     return following
 
 
-def score_tile(heads: int, width: int) -> Any:
-    """An intrinsic ``score(q, keys, count, out, ldo, _)``: dot products of ``heads`` queries.
+def turn_tile(width: int) -> Any:
+    """An intrinsic ``turn(keys, count, out)``: sixteen keys on their side.
 
-    Addresses of float32 ``q`` [heads, width], ``keys`` [count, width], ``out`` [heads, >= count]
-    with ``ldo`` elements a row. ``width`` is a multiple of :data:`LANES`; ``count`` >= 1.
+    Addresses of float32 ``keys`` [>= count, width] and ``out`` [width, LANES]; 1 <= ``count`` <=
+    LANES. Lanes past ``count`` repeat the last key, so nothing beyond it is read.
     """
     chunks = width // LANES
 
     @intrinsic
-    def score(typingctx: Any, q: Any, keys: Any, count: Any, out: Any, ldo: Any, _: Any) -> Any:
+    def turn(typingctx: Any, keys: Any, count: Any, out: Any) -> Any:
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            q, keys, count, out, ldo, _ = args
-            stride = ir.Constant(_I64, width)
-            total = _function(
-                b.module, "llvm.vector.reduce.fadd.v16f32", ir.FunctionType(_F32, [_F32, _VECTOR])
-            )
-            queries = [
-                [
-                    _load(b, _VECTOR, _address(b, q, ir.Constant(_I64, h), stride, c))
-                    for c in range(chunks)
-                ]
-                for h in range(heads)
-            ]
-
-            def body(j: Any, _: list[Any]) -> list[Any]:
-                key = [_load(b, _VECTOR, _address(b, keys, j, stride, c)) for c in range(chunks)]
-                for h in range(heads):
-                    lanes = b.fmul(queries[h][0], key[0])
-                    for c in range(1, chunks):
-                        lanes = _multiply_add(b, queries[h][c], key[c], lanes)
-                    zero = ir.Constant(_F32, 0.0)
-                    dot = b.call(total, [zero, lanes], fastmath=("reassoc",))
-                    element = b.add(b.mul(ldo, ir.Constant(_I64, h)), j)
-                    to = b.add(out, b.mul(ir.Constant(_I64, 4), element))
-                    b.store(dot, b.inttoptr(to, _F32.as_pointer()))
-                return []
-
-            _counted(b, count, [], body)
+            keys, count, out = args
+            stride, one = ir.Constant(_I64, width), ir.Constant(_I64, 1)
+            last = b.sub(count, one)
+            rows = []
+            for lane in range(LANES):
+                row = ir.Constant(_I64, lane)
+                rows.append(b.select(b.icmp_signed("<", row, last), row, last))
+            for chunk in range(chunks):
+                lines = [_load(b, _VECTOR, _address(b, keys, row, stride, chunk)) for row in rows]
+                for i, line in enumerate(_transposed(b, lines)):
+                    element = ir.Constant(_I64, 4 * LANES * (chunk * LANES + i))
+                    to = b.inttoptr(b.add(out, element), _VECTOR.as_pointer())
+                    b.store(line, to).align = 4
             return context.get_dummy_value()
 
-        return _SIGNATURE, codegen
+        return types.void(*([types.intp] * 3)), codegen
+
+    return turn
+
+
+def _transposed(b: Any, lines: list[Any]) -> list[Any]:
+    """Sixteen vectors as a matrix, transposed: in each of four rounds, two vectors that are a power
+    of two apart exchange halves of pieces of that size."""
+    for distance in (1, 2, 4, 8):
+        exchanged = list(lines)
+        low = [lane if not lane & distance else LANES + lane - distance for lane in range(LANES)]
+        high = [lane + distance if not lane & distance else LANES + lane for lane in range(LANES)]
+        for i in range(LANES):
+            if i & distance:
+                continue
+            pair = lines[i], lines[i + distance]
+            exchanged[i] = b.shuffle_vector(*pair, ir.Constant(_PICK, low))
+            exchanged[i + distance] = b.shuffle_vector(*pair, ir.Constant(_PICK, high))
+        lines = exchanged
+    return lines
+
+
+def score_tile(queries: int, width: int) -> Any:
+    """An intrinsic ``score(q, keys, out, ldo)``: ``queries`` queries with sixteen turned keys.
+
+    Addresses of float32 ``q`` [queries, width], ``keys`` [width, LANES] as :func:`turn_tile` lays
+    them out, ``out`` [queries, LANES] with ``ldo`` elements a row. ``width`` is a multiple of
+    ``2 * LANES``. The even and the odd products are summed apart, which hides half of the latency;
+    a score has the same bits whatever ``queries`` is.
+    """
+
+    @intrinsic
+    def score(typingctx: Any, q: Any, keys: Any, out: Any, ldo: Any) -> Any:
+        def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            q, keys, out, ldo = args
+            stride = ir.Constant(_I64, width)
+            zero = ir.Constant(_VECTOR, [0.0] * LANES)
+
+            def body(turn: Any, sums: list[Any]) -> list[Any]:
+                first = b.mul(turn, ir.Constant(_I64, _DEPTH))
+                grown = list(sums)
+                for step in range(_DEPTH):
+                    at = b.add(first, ir.Constant(_I64, step))
+                    lanes = ir.Constant(_I64, LANES)
+                    key = _load(b, _VECTOR, _address(b, keys, at, lanes, 0))
+                    for h in range(queries):
+                        element = b.add(b.mul(stride, ir.Constant(_I64, h)), at)
+                        place = b.add(q, b.mul(ir.Constant(_I64, 4), element))
+                        value = _splat(b, _load(b, _F32, place))
+                        cell = 2 * h + step % 2
+                        grown[cell] = _multiply_add(b, value, key, grown[cell])
+                return grown
+
+            turns = ir.Constant(_I64, width // _DEPTH)
+            sums = _counted(b, turns, [zero] * (2 * queries), body)
+            for h in range(queries):
+                element = b.mul(ldo, ir.Constant(_I64, 4 * h))
+                to = b.inttoptr(b.add(out, element), _VECTOR.as_pointer())
+                b.store(b.fadd(sums[2 * h], sums[2 * h + 1]), to).align = 4
+            return context.get_dummy_value()
+
+        return types.void(*([types.intp] * 4)), codegen
 
     return score
 
@@ -123,7 +172,8 @@ def mix_tile(heads: int, width: int) -> Any:
     """An intrinsic ``mix(weights, ldw, values, count, out, _)``: weighted sums of value rows.
 
     Addresses of float32 ``weights`` [heads, >= count] with ``ldw`` elements a row, ``values``
-    [count, width], ``out`` [heads, width]. Same demands as :func:`score_tile`.
+    [count, width], ``out`` [heads, width]. ``width`` is a multiple of :data:`LANES`; ``count`` is
+    at least 1.
     """
     chunks = width // LANES
 
