@@ -9,6 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from dspark_backend.bench.editing_trace import editing_runs
 from dspark_backend.bench.errors import BenchError
 from dspark_backend.bench.jsonl import shipped, shipped_names
 from dspark_backend.bench.prompt import read_prompts
@@ -94,10 +95,10 @@ def test_the_system_text_opens_the_conversation(tmp_path: Path) -> None:
 def test_the_shipped_prompts_and_traces_are_readable() -> None:
     assert shipped_names("prompts") == ["code"]
     assert len(read_prompts(shipped("prompts", "code"))) == 32
-    assert shipped_names("traces") == ["coding", "extraction", "tool-use"]
+    assert shipped_names("traces") == ["coding", "extraction", "file-editing", "tool-use"]
 
 
-@pytest.mark.parametrize("name", ["coding", "extraction", "tool-use"])
+@pytest.mark.parametrize("name", ["coding", "extraction", "file-editing", "tool-use"])
 def test_a_shipped_trace_uses_what_it_declares(name: str) -> None:
     runs = read_trace(shipped("traces", name))
     assert len({run.name for run in runs}) == len(runs) == 4
@@ -110,6 +111,25 @@ def test_a_shipped_trace_uses_what_it_declares(name: str) -> None:
         for before, step in zip(run.steps, run.steps[1:], strict=False):
             if isinstance(before.tool_choice, NamedTool):
                 assert step.messages[0]["name"] == before.tool_choice.name
+
+
+def test_file_editing_is_made_of_its_files_and_writes_again_what_was_read() -> None:
+    path = shipped("traces", "file-editing")
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert rows == editing_runs(path.with_suffix(""))
+    read = []
+    for run in read_trace(path):
+        for before, step in zip(run.steps[::2], run.steps[1::2], strict=True):
+            assert [before.tool_choice, step.tool_choice] == [
+                NamedTool(name="read_file"),
+                NamedTool(name="write_file"),
+            ]
+            shown, wish = step.messages
+            text = shown["content"]
+            assert 40 <= len(text.splitlines()) <= 120
+            assert before.messages[-1]["content"].removeprefix("Read ")[:-1] in wish["content"]
+            read.append(text)
+    assert len(set(read)) == len(read) == 8
 
 
 def test_a_path_wins_over_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
