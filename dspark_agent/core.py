@@ -88,7 +88,8 @@ class Core(Generic[DepsT]):
         conversation whose steps were taken before. With a journal, the model is opened when a turn
         needs it.
         """
-        self.widest = self.plan(output_type=output_type, tools=tuple(self.runner.tools)).turn
+        widest = self.plan(output_type=output_type, tools=tuple(self.runner.tools)).turn
+        self.widest = replace(widest, agent=self.declaration.name)
         resumes = history.resumes(self.model.name, self.widest.tool_names)
         token_log = history.token_log if resumes else None
         conversation = replace(

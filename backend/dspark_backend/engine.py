@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +40,7 @@ from dspark_backend.speculation.arbiter import Arbiter
 from dspark_backend.speculation.candidate import BudgetPolicy
 from dspark_backend.speculation.cost import CostModel
 from dspark_backend.speculation.cost_store import check_conditions, conditions_here, forget
+from dspark_backend.speculation.memory import Memories, Memory
 from dspark_backend.speculation.policies import Fixed, named
 from dspark_backend.speculation.protocol import Drafter
 from dspark_backend.speculation.signals import Signals
@@ -92,10 +93,13 @@ class Engine:
         self._pool = SequencePool(decoder.kv_shape, draft_shape, kv_bytes)
         size = 0 if drafter is None else drafter.block_size
         usual = Fixed(size) if cost is None else StepAware(block_size=size or 8)
-        arbiter = Arbiter(size, policy or usual, cost, signals or Signals(copies=cost is not None))
+        signals = signals or Signals(copies=cost is not None)
+        arbiter = Arbiter(size, policy or usual, cost, signals)
         self._loop = StepLoop(
             decoder, self._pool, threads, limits, drafter, arbiter, cost, self._retire
         )
+        self._copies = signals.copies
+        self._memories = Memories(self.tokenizer)
         self._sessions: set[Session] = set()
         self._work = threading.Condition(self.lock)
         self._closing = False
@@ -191,11 +195,12 @@ class Engine:
         """
         return self.dialect.grammar(spec)
 
-    def open_session(self) -> Session:
-        """An empty session. Raises EngineClosedError."""
+    def open_session(self, agent: Hashable | None = None) -> Session:
+        """An empty session. Sessions of one ``agent`` (any key) copy from what each of them read
+        and wrote, which changes their speed alone. Raises EngineClosedError."""
         with self.lock:
             self._check_open()
-            return self._adopt(self._pool.new())
+            return self._adopt(self._pool.new(), self._memories.of(agent if self._copies else None))
 
     def submit(
         self,
@@ -279,7 +284,7 @@ class Engine:
     def fork(self, session: Session) -> Session:
         """See :meth:`Session.fork`."""
         self._check_open()
-        twin = self._adopt(self._pool.copy(session.kv))
+        twin = self._adopt(self._pool.copy(session.kv), session.memory)
         twin.log.extend(session.log)
         return twin
 
@@ -319,8 +324,8 @@ class Engine:
 
     # -- sessions and checks -----------------------------------------------------------------
 
-    def _adopt(self, kv: SequenceKV) -> Session:
-        session = Session(kv, self)
+    def _adopt(self, kv: SequenceKV, memory: Memory) -> Session:
+        session = Session(kv, self, memory)
         self._sessions.add(session)
         return session
 

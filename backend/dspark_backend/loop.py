@@ -24,6 +24,7 @@ from dspark_backend.speculation.account import CycleAccount
 from dspark_backend.speculation.arbiter import Arbiter, Decision
 from dspark_backend.speculation.block import Block, Offer
 from dspark_backend.speculation.candidate import Candidate
+from dspark_backend.speculation.copy import CopyProposer
 from dspark_backend.speculation.copy_acceptance import CopyAcceptance
 from dspark_backend.speculation.cost import CostModel
 from dspark_backend.speculation.protocol import Drafter
@@ -192,20 +193,23 @@ class StepLoop:
                 self._guarded(step, partial(self._lay_out, step, offer))
 
     def _lay_out(self, step: RunningStep, offer: Offer) -> None:
-        copies = self._arbiter.signals.copies
-        proposer = step.session.copies(self._copied) if copies else None
+        proposer = self._proposer(step)
         extend = None if proposer is None else self._arbiter.continuation(proposer, step)
         step.offer(offer, extend)
 
     def _copy(self, step: RunningStep) -> Offer | None:
-        if not self._arbiter.signals.copies:
-            return None
         try:
-            return self._arbiter.copies(step.session.copies(self._copied), step)
+            proposer = self._proposer(step)
+            return None if proposer is None else self._arbiter.copies(proposer, step)
         except Exception:
             # As with the drafter: proposals only ever save time.
             _log.exception("copying failed: a step goes on without")
             return None
+
+    def _proposer(self, step: RunningStep) -> CopyProposer | None:
+        if not self._arbiter.signals.copies:
+            return None
+        return step.session.copies(self._copied, step.kind)
 
     def _draft(self, steps: Sequence[RunningStep], copies: Mapping[int, Offer]) -> dict[int, Offer]:
         """One call of the drafter for all the steps for which it pays; their offers by index."""
@@ -288,8 +292,7 @@ class StepLoop:
         if step.request.explain:
             step.account = self._cycle.account(step)
         accepted = step.advance(logits)
-        proposer = step.session.copies(self._copied) if self._arbiter.signals.copies else None
-        self._arbiter.learn(step, proposer, block, accepted)
+        self._arbiter.learn(step, self._proposer(step), block, accepted)
 
     def _room_to_draft(self, step: RunningStep, positions: int) -> None:
         """A block's own keys and values go past the end of its context."""

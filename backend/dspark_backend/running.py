@@ -99,7 +99,7 @@ class RunningStep:
         self._text: list[str] = []
         self._proposed: Counter[str] = Counter()
         self._accepted: Counter[str] = Counter()
-        session.log.extend(request.tokens)
+        session.read(request.tokens)
         self._start = len(session.log)
 
     # -- what the loop asks ------------------------------------------------------------------
@@ -372,8 +372,7 @@ class RunningStep:
     def _release(self) -> None:
         self.block = Block()
         if self.session.running is self:  # a step may have taken over from a prefill
-            self.session.running = None
-            self.session.idle_since = time.monotonic()
+            self.session.step_ended()
 
     def _emit(self, event: StepEvent) -> None:
         self.events.put(event)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dspark_backend.errors import RequestError, SessionClosedError
 from dspark_backend.kv.contiguous import SequenceKV
+from dspark_backend.request import StepKind
 from dspark_backend.speculation.copy import CopyProposer
 from dspark_backend.speculation.copy_acceptance import CopyAcceptance
+from dspark_backend.speculation.memory import Memory
 
 if TYPE_CHECKING:
     from dspark_backend.running import RunningStep
@@ -34,14 +37,17 @@ class Session:
     time; methods may be called from any thread.
     """
 
-    def __init__(self, kv: SequenceKV, owner: SessionOwner) -> None:
+    def __init__(self, kv: SequenceKV, owner: SessionOwner, memory: Memory) -> None:
         self._owner = owner
+        self.memory = memory
         self._closed = False
         self.log: list[int] = []
         """The engine's own view of the log: read :attr:`tokens` instead."""
         self.kv = kv
         self.running: RunningStep | None = None
         self._copies: CopyProposer | None = None
+        self._unquoted: list[tuple[int, int]] = []  # where the log came from outside
+        self._kept = 0  # tokens of the log that the memory has
         self.idle_since = time.monotonic()
         self.expected_at: float | None = None
 
@@ -51,13 +57,29 @@ class Session:
         with self._owner.lock:
             return tuple(self.log)
 
-    def copies(self, acceptance: CopyAcceptance) -> CopyProposer:
+    def read(self, tokens: Sequence[int]) -> None:
+        """The log goes on with ``tokens`` that came from outside; for the holder of the lock."""
+        self._unquoted.append((len(self.log), len(self.log) + len(tokens)))
+        self.log.extend(tokens)
+
+    def copies(self, acceptance: CopyAcceptance, kind: StepKind) -> CopyProposer:
         """What has been written or read here before and may come again, up to the log's end; for
-        the engine's thread."""
+        the engine's thread. All that a step writes may be JSON unless its ``kind`` is text."""
         if self._copies is None:
-            self._copies = CopyProposer(acceptance)
+            self._copies = CopyProposer(acceptance, self.memory.corpus)
         self._copies.append(self.log[len(self._copies) :])
+        if kind is not StepKind.TEXT:
+            spans, self._unquoted = self._unquoted, []
+            for begin, end in spans:
+                self.memory.quote(self.log[begin:end])
         return self._copies
+
+    def step_ended(self) -> None:
+        """The step in flight is over; for the holder of the lock."""
+        self.running = None
+        self.idle_since = time.monotonic()
+        self.memory.keep(self.log[self._kept :])
+        self._kept = len(self.log)
 
     @property
     def cached_tokens(self) -> int:
@@ -91,6 +113,7 @@ class Session:
             twin = self._owner.fork(self)
             if self._copies is not None:
                 twin._copies = self._copies.fork()
+            twin._unquoted, twin._kept = [*self._unquoted], self._kept
             return twin
 
     def rollback(self, count: int) -> None:
@@ -108,6 +131,9 @@ class Session:
             self.kv.truncate(min(self.kv.length, len(self.log)))
             if self._copies is not None:
                 self._copies.truncate(min(len(self._copies), len(self.log)))
+            length = len(self.log)
+            self._kept = min(self._kept, length)
+            self._unquoted = [(a, min(b, length)) for a, b in self._unquoted if a < length]
 
     def close(self) -> None:
         """Cancel a step in flight and give the memory up. Idempotent.

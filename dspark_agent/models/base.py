@@ -29,7 +29,8 @@ class ModelTurn:
     JSON Schema of type object for the typed result, None when there is none. ``output_tools`` are
     the names of those of the tools whose call is the answer. ``urgency`` and ``deadline_s``
     (seconds from now, None for any time) say how soon it is wanted: hints for a model that many
-    share.
+    share. ``agent`` is whose turn it is, where that is said: a model may be quicker where an agent
+    reads or writes what it has read or written in another conversation.
     """
 
     tools: tuple[ToolDefinition, ...] = ()
@@ -40,6 +41,7 @@ class ModelTurn:
     output_tools: tuple[str, ...] = ()
     urgency: Urgency = "interactive"
     deadline_s: float | None = None
+    agent: str = ""
 
     @property
     def tool_names(self) -> tuple[str, ...]:

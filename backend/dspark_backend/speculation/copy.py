@@ -38,8 +38,9 @@ class CopyProposer:
     """Copies for one session: hold it in step with the session's log.
 
     The session's own log is searched first, then ``corpus``, whose match counts where it is
-    longer. A function of the log, the corpus and what was observed, hence deterministic: any
-    scheduler stays exact (DSPARK.md, section 6). It knows no grammar. Not thread-safe.
+    longer, or as long in a step that may write JSON. A function of the log, the corpus and what was
+    observed, hence deterministic: any scheduler stays exact (DSPARK.md, section 6). It knows no
+    grammar. Not thread-safe.
     """
 
     def __init__(
@@ -83,7 +84,9 @@ class CopyProposer:
         match, text = self._log.match(), self._log
         if self._corpus is not None:
             elsewhere = self._log.match_in(self._corpus.index)
-            if elsewhere.length > match.length:
+            # Of equal ones in JSON, what was read goes on as the quotation does, not as the file.
+            nearer = match.length if kind is StepKind.TEXT else match.length - 1
+            if elsewhere.length > nearer:
                 match, text = elsewhere, self._corpus.index
         own = text is self._log
         found = text.follow(match, min(limit, LONGEST), extend=own)

@@ -134,7 +134,10 @@ class DSparkModel(Model):
         with translated_errors():
             # Finds a schema that cannot be honoured before the first turn, and keeps the grammar.
             await anyio.to_thread.run_sync(lambda: engine.compile(turn_spec(widest)))
-            session = _DSparkSession(engine, self._name, widest.tools, engine.open_session())
+            # Agents may have one name, and share a model, without being the same.
+            agent = (widest.agent, *widest.tool_names) if widest.agent else None
+            opened = engine.open_session(agent)
+            session = _DSparkSession(engine, self._name, widest.tools, opened)
             if token_log:
                 await session.restore(tuple(token_log))
         return session

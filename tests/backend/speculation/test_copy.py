@@ -43,17 +43,23 @@ def corpus_of(*documents: list[int]) -> Corpus:
 
 
 @untimed
-@given(tokens, st.lists(tokens, max_size=3), st.integers(0, 40), st.floats(0.0, 1.0))
+@given(
+    tokens,
+    st.lists(tokens, max_size=3),
+    st.integers(0, 40),
+    st.floats(0.0, 1.0),
+    st.sampled_from(StepKind),
+)
 def test_a_proposal_is_what_followed_the_longest_match(
-    log: list[int], others: list[list[int]], limit: int, floor: float
+    log: list[int], others: list[list[int]], limit: int, floor: float, kind: StepKind
 ) -> None:
     corpus = corpus_of(*others)
-    proposal = proposer(log, corpus, floor).propose(limit)
+    proposal = proposer(log, corpus, floor).propose(limit, kind)
     index = SuffixIndex()
     index.append(log)
     own, elsewhere = index.match(), index.match_in(corpus.index)
     assert proposal.matched == max(own.length, elsewhere.length)
-    if own.length >= elsewhere.length:
+    if own.length > elsewhere.length or (own.length == elsewhere.length and kind is StepKind.TEXT):
         told = index.follow(own, min(limit, LONGEST), extend=True)
     else:
         told = corpus.index.follow(elsewhere, min(limit, LONGEST), extend=False)
