@@ -32,6 +32,7 @@ from dspark_backend.kernels.apart import apart
 from dspark_backend.kv.contiguous import SequenceKV
 from dspark_backend.kv.pool import SequencePool
 from dspark_backend.loop import StepLoop
+from dspark_backend.rehearsal import compile_kernels
 from dspark_backend.request import StepOutcome, StepRequest, Urgency
 from dspark_backend.running import RunningStep
 from dspark_backend.scheduler import Limits
@@ -162,10 +163,10 @@ class Engine:
             if workers < 1:
                 raise RequestError(f"threads must be at least 1, not {workers}")
             decoder = load_decoder(files, chosen, context, progress)
-            decoder.warm()
             folder = _drafter_folder(files, speculation, drafter)
             drafting = None if folder is None else DSparkDrafter.load(folder, files, context)
             identity = None if folder is None else folder_identity(folder)
+            compile_kernels(decoder, drafting, workers)
             conditions = conditions_here(files.source_sha, chosen.value, workers, identity)
             known = cost
             if known is not None:

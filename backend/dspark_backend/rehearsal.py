@@ -1,15 +1,37 @@
-"""Passes and drafts to run before there is work for them, over sequences filled as in use."""
+"""Passes and drafts to run before there is work for them: to time them, and to compile kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from dspark_backend.kernels import jit
 from dspark_backend.kv.contiguous import KVBudget, KVShape, SequenceKV
+from dspark_backend.speculation import suffix
 from dspark_backend.speculation.protocol import Anchor, Drafter
 from dspark_backend.target.batch import Batch, Rows
 from dspark_backend.target.decoder import Decoder
 
 Task = Callable[[], object]
+
+_MANY = 64  # rows: products of few and of many are different kernels
+
+
+def compile_kernels(decoder: Decoder, drafter: Drafter | None, threads: int) -> None:
+    """Run once what a step may run, on ``threads`` threads, so that none of it compiles in a step:
+    in a new environment that took seconds, and from the disk it takes some hundredths of one."""
+    taps = () if drafter is None else tuple(drafter.taps)
+    rows = min(_MANY, decoder.max_positions)
+    kv = sequence(decoder.kv_shape, rows)
+    with jit.threads(threads):
+        decoder.forward(Batch([Rows(kv, [_token(0, decoder)], 1)]), taps)
+        tokens = [_token(number, decoder) for number in range(rows)]
+        features = decoder.forward(Batch([Rows(kv, tokens, rows)]), taps).features
+        if drafter is not None:
+            (anchor,) = drafting(drafter, decoder, 1, rows)
+            anchor.context.length = 0
+            drafter.extend(anchor.context, features)
+            drafter.propose([anchor])
+    suffix.warm()
 
 
 def sequence(shape: KVShape, capacity: int) -> SequenceKV:

@@ -18,8 +18,8 @@ from dspark_backend.kernels.attention.cpu import attend
 from dspark_backend.kernels.norm.cpu import add_rms_norm, rms_norm
 from dspark_backend.kernels.rope.cpu import rope_append
 from dspark_backend.kernels.swiglu.cpu import silu_mul
-from dspark_backend.kv.contiguous import KVBudget, KVShape, SequenceKV
-from dspark_backend.target.batch import Batch, Rows
+from dspark_backend.kv.contiguous import KVShape
+from dspark_backend.target.batch import Batch
 from dspark_backend.target.linear import Linear
 from dspark_backend.target.rope import tables
 
@@ -130,12 +130,6 @@ class Decoder:
             add_rms_norm(x, work.delta, following, eps, work.normed)
             column = self._tap(features, column, x, index in taps)
         return Pass(self._logits(batch, spans, work.normed), features)
-
-    def warm(self) -> None:
-        """Run one row through: compiles the kernels where this machine has not done so yet."""
-        kv = SequenceKV(self.kv_shape, KVBudget(2**40))
-        kv.reserve(1)
-        self.forward(Batch([Rows(kv, (0,), 1)]))
 
     def _tap(
         self, features: NDArray[np.float32], column: int, x: NDArray[np.float32], wanted: bool

@@ -125,6 +125,9 @@ class DSparkModel(Model):
         with self._loading:
             if self._engine is None:
                 self._engine = Engine.load(self._name, **self._options)
+                # Agents nearly always constrain a turn. The tables for that hold the interpreter's
+                # lock while they are built, which would halt the steps of others.
+                self._engine.dialect.compiler.warm()
             return self._engine
 
     async def open(
