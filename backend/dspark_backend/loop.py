@@ -188,9 +188,13 @@ class StepLoop:
                 copies[index] = offer
         drafts = self._draft(steps, copies)
         for index, step in enumerate(steps):
-            offer = self._arbiter.better(step, copies.get(index), drafts.get(index))
+            draft = drafts.get(index)
+            offer = self._arbiter.better(step, copies.get(index), draft)
             if offer is not None and not step.finished:
+                started = time.perf_counter()
                 self._guarded(step, partial(self._lay_out, step, offer))
+                if offer is draft:  # without the drafter there would be nothing to lay out
+                    self._cycle.draft_s += time.perf_counter() - started
 
     def _lay_out(self, step: RunningStep, offer: Offer) -> None:
         proposer = self._proposer(step)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dspark_backend.kernels import jit
 from dspark_backend.kv.contiguous import KVBudget, KVShape, SequenceKV
 from dspark_backend.speculation import suffix
@@ -73,6 +76,20 @@ def drafting(drafter: Drafter, decoder: Decoder, anchors: int, context: int) -> 
         kv.length = context
         made.append(Anchor(kv, _token(number, decoder)))
     return made
+
+
+def catching_up(drafter: Drafter, anchors: Sequence[Anchor], features: NDArray[np.float32]) -> Task:
+    """A call of the drafter for ``anchors`` after each of their contexts has read ``features``
+    [n, len(taps) * d] of the tokens that were committed since the last, as in a cycle."""
+    lengths = [anchor.context.length - len(features) for anchor in anchors]
+
+    def run() -> None:
+        for anchor, length in zip(anchors, lengths, strict=True):
+            anchor.context.length = length
+            drafter.extend(anchor.context, features)
+        drafter.propose(anchors)
+
+    return run
 
 
 def _token(number: int, decoder: Decoder) -> int:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from dspark_backend import cost_measure
 from dspark_backend.catalog.files import ModelFiles, folder_identity, open_checkpoint
 from dspark_backend.catalog.home import HOME_VARIABLE
 from dspark_backend.cost_measure import (
     ANCHORS,
+    COMMITTED,
     ROWS,
     attention_slopes,
     kept_or_measured,
@@ -31,10 +34,12 @@ from dspark_backend.drafter.drafter import DSparkDrafter
 from dspark_backend.drafter.layout import trained_shapes
 from dspark_backend.engine import Engine
 from dspark_backend.errors import RequestError
+from dspark_backend.kv.contiguous import SequenceKV
 from dspark_backend.request import StepRequest
 from dspark_backend.speculation.cost import CostModel
 from dspark_backend.speculation.cost_store import conditions_here, cost_file, read_kept
 from dspark_backend.speculation.cost_table import CostTable
+from dspark_backend.speculation.protocol import Anchor, Proposal
 from dspark_backend.target.batch import Batch
 from dspark_backend.target.decoder import Decoder
 from dspark_backend.target.load import load_decoder
@@ -213,6 +218,34 @@ def test_noise_of_the_machine_hardly_reaches_the_table(
     quiet = on_a_made_up_machine(decoder, monkeypatch)
     noisy = on_a_made_up_machine(decoder, monkeypatch, noise=0.1)
     assert noisy.verify_s == pytest.approx(quiet.verify_s, rel=0.15)
+
+
+def test_drafting_costs_the_call_and_what_it_reads_before(
+    drafted: Drafted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, machine = drafted.decoder(), Machine()
+    drafter = DSparkDrafter.load(drafted.folder, drafted.files, 512)
+    read: list[int] = []
+
+    def extend(context: SequenceKV, features: NDArray[np.float32]) -> None:
+        assert features.shape[1] == len(drafter.taps) * decoder.config.hidden_size
+        read.append(len(features))
+        context.length += len(features)
+        machine.spend(1e-3 * len(features))
+
+    def propose(anchors: Sequence[Anchor]) -> list[Proposal]:
+        assert {anchor.context.length for anchor in anchors} == {256}
+        machine.spend(3e-3 + 1e-4 * len(anchors))
+        return []
+
+    monkeypatch.setattr(decoder, "forward", lambda batch, taps=(): machine.spend(a_pass(batch)))
+    monkeypatch.setattr(drafter, "extend", extend)
+    monkeypatch.setattr(drafter, "propose", propose)
+    table = measure(decoder, drafter, 1, clock=machine.clock, budget_s=10.0)
+    assert set(read) == {COMMITTED}
+    assert table.anchors == ANCHORS
+    expected = [3e-3 + n * (1e-4 + 1e-3 * COMMITTED) for n in ANCHORS]
+    assert table.draft_s == pytest.approx(expected)
 
 
 def test_a_real_model_has_a_whole_table(drafted: Drafted) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -49,13 +49,14 @@ class CostTable(BaseModel):
     ``context`` positions before them, logits of all rows included. On top of that come
     ``request_s`` for each further sequence in the pass, ``position_s`` for each further position
     that the pass reads, and ``pair_s`` for each further (row, position) that it multiplies.
-    ``draft_s[i]`` is a call of the drafter for ``anchors[i]`` blocks; both are empty without one.
+    ``draft_s[i]`` is what drafting ``anchors[i]`` blocks takes: the drafter's call, and bringing
+    its contexts up to date before it; both are empty without a drafter.
     ``conditions`` is None for a curve that was not measured here: one written by hand.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     conditions: Conditions | None = None
     context: int = Field(default=0, ge=0)
     rows: tuple[Count, ...] = Field(min_length=1)

@@ -251,7 +251,7 @@ def test_only_a_lasting_change_makes_the_table_stale() -> None:
         {"verify_s": (*SECONDS[:-1], math.inf)},
         {"request_s": -1e-3},
         {"anchors": (1, 2, 4)},
-        {"schema_version": 2},
+        {"schema_version": 1},
         {"surprise": 1},
     ],
 )
