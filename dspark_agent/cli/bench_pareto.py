@@ -24,8 +24,9 @@ def pareto(
     contender: Annotated[
         list[str] | None,
         typer.Option(
-            help="Budget policy, such as fixed-3; may be repeated. plain always takes part. "
-            "fixed-2, fixed, prefix_throughput and step_aware when left out."
+            help="Budget policy, such as fixed-3, or fixed-3:drafts for one without copies; may be "
+            "repeated. plain always takes part. When left out: fixed-2, fixed, prefix_throughput, "
+            "step_aware, and the last two on drafts alone."
         ),
     ] = None,
     mtp: Annotated[

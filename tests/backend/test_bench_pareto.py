@@ -7,6 +7,7 @@ import io
 import json
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ from dspark_backend.engine import DEFAULT_KV_BYTES
 from dspark_backend.metrics import EngineMetrics
 from dspark_backend.speculation.account import CycleAccount
 from dspark_backend.speculation.candidate import BudgetError
+from dspark_backend.speculation.signals import Signals
 
 Checkpoint = Callable[..., Path]
 
@@ -77,13 +79,13 @@ def report(model: str, trace: Path) -> ParetoReport:
     settings = ParetoSettings(
         model=model,
         traces=(trace,),
-        contenders=("fixed-2", "step_aware"),
+        contenders=("fixed-2", "step_aware", "step_aware:drafts"),
         concurrency=(3, 1, 3),
         rounds=2,
         terms=Terms(speculation=True, precision="bf16", threads=1),
     )
     report = run_pareto(settings, on_wave=lambda at, total: done.append((at, total)))
-    assert done == [(number, 12) for number in range(1, 13)]
+    assert done == [(number, 16) for number in range(1, 17)]
     return report
 
 
@@ -91,10 +93,10 @@ def test_the_report_has_a_point_for_every_contender_and_number_of_agents(
     report: ParetoReport,
 ) -> None:
     document = json.loads(report.model_dump_json())
-    assert document["schema_version"] == 1
+    assert document["schema_version"] == 2
     assert document["traces"] == ["lamps"]
     assert document["concurrency"] == [1, 3]
-    assert list(document["contenders"]) == ["plain", "fixed-2", "step_aware"]
+    assert list(document["contenders"]) == ["plain", "fixed-2", "step_aware", "step_aware:drafts"]
     for contender in document["contenders"].values():
         assert [point["agents"] for point in contender["points"]] == [1, 3]
         assert contender["peak_rss_bytes"] > 50 << 20
@@ -128,6 +130,8 @@ def test_the_tables_and_the_plot_show_all(report: ParetoReport, tmp_path: Path) 
     console.print(leads_table(report))
     for word in ("plain", "fixed-2", "step_aware", "3 agents", BEST_FIXED, "same"):
         assert word in text.getvalue()
+    assert "step_aware over fixed-2" in text.getvalue()
+    assert "step_aware:drafts over plain" in text.getvalue()
     assert "OTHER" not in text.getvalue()
     plot_pareto(report, tmp_path / "p.png")
     assert struct.unpack(">II", (tmp_path / "p.png").read_bytes()[16:24]) == (640, 480)
@@ -289,7 +293,45 @@ def test_leads_are_medians_of_ratios_and_know_the_best_fixed_length() -> None:
     assert found[BEST_FIXED, 4].speedup == 2.0  # "fixed-2" among four
     # four agents of plain get 20 together and 5 each; alone, ours gets 30 already
     assert found["plain", 4].at_throughput == 6.0
+    assert {lead.ours for lead in found.values()} == {"step_aware"}
     assert leads("step_aware", {"plain": contenders["plain"]}) == ()
+
+
+def test_drafts_alone_are_held_against_drafts_alone() -> None:
+    names = ["plain", "fixed", "step_aware", "fixed-2:drafts", "step_aware:drafts", "mtp"]
+    speeds = [10.0, 30.0, 60.0, 15.0, 20.0, 12.0]
+    contenders = {n: contender((speed,)) for n, speed in zip(names, speeds, strict=True)}
+    alone = {lead.over: lead.speedup for lead in leads("step_aware:drafts", contenders)}
+    assert alone == {
+        "plain": 2.0,
+        "fixed-2:drafts": pytest.approx(4 / 3),
+        "mtp": pytest.approx(5 / 3),
+        BEST_FIXED: pytest.approx(4 / 3),
+    }
+    whole = {lead.over: lead.speedup for lead in leads("step_aware", contenders)}
+    assert whole == {
+        "plain": 6.0,
+        "fixed": 2.0,
+        "fixed-2:drafts": 4.0,
+        "step_aware:drafts": 3.0,
+        "mtp": 5.0,
+        BEST_FIXED: 2.0,
+    }
+
+
+def test_contenders_differ_in_their_budget_alone_unless_they_have_drafts_alone(
+    model: str, trace: Path
+) -> None:
+    base = crowd_spec(Subject.of(model), Terms(speculation=True), read_trace(trace), 1)
+    ours = contestant("step_aware", base, None)
+    other = contestant("prefix_throughput", base, None)
+    assert replace(other, policy="step_aware") == ours
+    assert ours.signals is None
+    alone = contestant("step_aware:drafts", base, None)
+    assert replace(alone, signals=None) == ours
+    assert alone.signals == Signals.drafts_alone()
+    mtp = contestant("mtp", base, trace.parent)
+    assert (mtp.policy, mtp.drafter, mtp.signals) == ("fixed", trace.parent, alone.signals)
 
 
 def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
@@ -304,7 +346,8 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
         settings(rounds=0)
     with pytest.raises(BenchError, match="at least one trace"):
         settings(traces=())
-    with pytest.raises(BudgetError, match="no policy 'wishful'"):
-        settings(contenders=("wishful",))
+    for name in ("wishful", "wishful:drafts"):
+        with pytest.raises(BudgetError, match="no policy 'wishful'"):
+            settings(contenders=(name,))
     assert settings(contenders=("fixed-2", "plain")).names == ("plain", "fixed-2")
     assert settings(contenders=(), mtp=tmp_path).names == ("plain", "mtp")

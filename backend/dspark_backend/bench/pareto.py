@@ -17,15 +17,29 @@ from dspark_backend.bench.crowd import CrowdWorker, Wave
 from dspark_backend.bench.crowd_terms import OnWave, check_crowd, crowd_spec, load_of
 from dspark_backend.bench.host import host_facts
 from dspark_backend.bench.lineup import Subject, Terms, drafting_spec, in_turn, plain_spec, warm_up
-from dspark_backend.bench.pareto_report import ParetoContender, ParetoPoint, ParetoReport, leads
+from dspark_backend.bench.pareto_report import (
+    ALONE,
+    MTP,
+    PLAIN,
+    ParetoContender,
+    ParetoPoint,
+    ParetoReport,
+    leads,
+)
 from dspark_backend.bench.trace import TraceRun, read_trace
 from dspark_backend.catalog import ProgressSink
 from dspark_backend.speculation.policies import named
 
-PLAIN: Final = "plain"
 OURS: Final = "step_aware"
-MTP: Final = "mtp"
-CONTENDERS: Final = (PLAIN, "fixed-2", "fixed", "prefix_throughput", OURS)
+CONTENDERS: Final = (
+    PLAIN,
+    "fixed-2",
+    "fixed",
+    "prefix_throughput",
+    OURS,
+    f"prefix_throughput{ALONE}",
+    f"{OURS}{ALONE}",
+)
 CONCURRENCY: Final = (1, 2, 4, 8, 16, 32)
 
 
@@ -33,9 +47,10 @@ CONCURRENCY: Final = (1, 2, 4, 8, 16, 32)
 class ParetoSettings:
     """What to run. ``traces`` are JSON-lines files, see :mod:`dspark_backend.bench.trace`, of which
     the first ``limit`` lines count; ``contenders`` are names of budget policies beside ``plain``,
-    which always takes part; ``mtp`` is the folder of a drafter whose whole blocks one more
-    contender verifies. All but ``step_aware`` verify the drafter's blocks alone, without copies, as
-    engines without agents do. Of ``terms``, precision, threads and drafter count."""
+    which always takes part. All of them have the same proposers and signals, so that nothing but
+    the budget tells them apart; a name that ends in ``:drafts`` has the drafter's blocks alone, as
+    engines without agents do. ``mtp`` is the folder of a drafter whose whole blocks, alone, one
+    more contender verifies. Of ``terms``, precision, threads and drafter count."""
 
     model: str
     traces: tuple[Path, ...]
@@ -49,7 +64,7 @@ class ParetoSettings:
     def __post_init__(self) -> None:
         check_crowd(self.concurrency, self.rounds, self.traces)
         for name in self.contenders:
-            named(name, 1)
+            named(name.removesuffix(ALONE), 1)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -101,7 +116,7 @@ def run_pareto(
             concurrency=levels,
             rounds=settings.rounds,
             contenders=contenders,
-            leads=leads(OURS, contenders),
+            leads=(*leads(OURS, contenders), *leads(f"{OURS}{ALONE}", contenders)),
         )
 
 
@@ -111,9 +126,9 @@ def contestant(name: str, base: ContenderSpec, mtp: Path | None) -> ContenderSpe
         return plain_spec(base)
     if name == MTP:
         return drafting_spec(replace(base, drafter=mtp), "fixed")
-    if name.startswith(OURS):
-        return replace(base, speculation=True, policy=name)
-    return drafting_spec(base, name)
+    if name.endswith(ALONE):
+        return drafting_spec(base, name.removesuffix(ALONE))
+    return replace(base, speculation=True, policy=name)
 
 
 def _waves(

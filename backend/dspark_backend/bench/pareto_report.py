@@ -13,7 +13,11 @@ from dspark_backend.bench.host import HostFacts
 from dspark_backend.bench.stats import median, ratio
 from dspark_backend.speculation.account import CycleAccount
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
+PLAIN: Final = "plain"
+MTP: Final = "mtp"
+ALONE: Final = ":drafts"
+"""Ends the name of a contender that verifies its drafter's blocks and nothing else."""
 BEST_FIXED: Final = "best fixed"
 
 Curve = Sequence[tuple[float, float]]
@@ -103,13 +107,14 @@ class ParetoContender(BaseModel):
 
 
 class Lead(BaseModel):
-    """How far ``step_aware`` is ahead of another with ``agents`` at once: ``speedup`` is the median
-    over the rounds of the ratio of aggregate speeds. ``at_throughput`` is the speed that an agent
-    gets from ``step_aware`` where all together get what the other's point gets, over the speed an
-    agent gets there; null past the throughput that was measured."""
+    """How far ``ours`` is ahead of another with ``agents`` at once: ``speedup`` is the median over
+    the rounds of the ratio of aggregate speeds. ``at_throughput`` is the speed that an agent gets
+    from ours where all together get what the other's point gets, over the speed an agent gets
+    there; null past the throughput that was measured."""
 
     model_config = ConfigDict(frozen=True)
 
+    ours: str
     over: str
     agents: int
     speedup: float | None
@@ -121,7 +126,7 @@ class ParetoReport(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     host: HostFacts
     model: str
     precision: str
@@ -134,12 +139,22 @@ class ParetoReport(BaseModel):
 
 
 def leads(ours: str, contenders: Mapping[str, ParetoContender]) -> tuple[Lead, ...]:
-    """``ours`` against every other contender and the best fixed length, point by point; nothing
-    where ``ours`` took no part."""
+    """``ours`` against every other contender and the best fixed length with the same proposers,
+    point by point; nothing where ``ours`` took no part. Drafts alone are held against drafts alone
+    and plain decoding."""
     if ours not in contenders:
         return ()
-    others = {name: each.points for name, each in contenders.items() if name != ours}
-    fixed = [points for name, points in others.items() if name.split("-")[0] == "fixed"]
+    alone = ours.endswith(ALONE)
+    others = {
+        name: each.points
+        for name, each in contenders.items()
+        if name != ours and (not alone or name.endswith(ALONE) or name in (PLAIN, MTP))
+    }
+    fixed = [
+        points
+        for name, points in others.items()
+        if name.startswith("fixed") and name.endswith(ALONE) == alone
+    ]
     if fixed:
         others[BEST_FIXED] = tuple(
             max(points, key=lambda point: point.tok_per_s) for points in zip(*fixed, strict=True)
@@ -147,6 +162,7 @@ def leads(ours: str, contenders: Mapping[str, ParetoContender]) -> tuple[Lead, .
     mine = contenders[ours]
     return tuple(
         Lead(
+            ours=ours,
             over=name,
             agents=point.agents,
             speedup=median(

@@ -42,15 +42,15 @@ def pareto_table(report: ParetoReport) -> Table:
 
 def leads_table(report: ParetoReport) -> Table:
     """What ``step_aware`` gains over each of the others, by number of agents: in aggregate speed,
-    and in an agent's own speed at the other's aggregate."""
+    and in an agent's own speed at the other's aggregate; then the same of drafts alone."""
     table = report_table(
-        "step_aware over the others: all together / each at matched throughput",
+        "over the others: all together / each at matched throughput",
         tuple(str(agents) for agents in report.concurrency),
     )
-    for name in dict.fromkeys(lead.over for lead in report.leads):
-        row = [lead for lead in report.leads if lead.over == name]
+    for pair in dict.fromkeys((lead.ours, lead.over) for lead in report.leads):
+        row = [lead for lead in report.leads if (lead.ours, lead.over) == pair]
         table.add_row(
-            name,
+            " over ".join(pair),
             *(
                 f"{number(each.speedup, '.2f')} / {number(each.at_throughput, '.2f')}"
                 for each in row
