@@ -289,9 +289,11 @@ async def test_a_run_goes_on_from_its_journal_token_by_token(
     step, resumed = await drive("cut", True)
     assert resumed.output == whole.output
     assert resumed.history.token_log == whole.history.token_log
-    last = whole.steps[-1].metrics
-    assert step.metrics.prefill_new_tokens <= last.prefill_new_tokens
-    assert step.metrics.prefill_cached_tokens >= last.prefill_cached_tokens
+    first, last = whole.steps[0].metrics, whole.steps[-1].metrics
+    # All of the first step is there. How much of the tool's answer the other run computed while
+    # its tool was at work depends on the machine.
+    reached = first.prefill_new_tokens + first.prefill_cached_tokens + first.new_tokens
+    assert step.metrics.prefill_cached_tokens >= reached
     replayed, _ = await drive("whole", False)
     assert replayed.metrics == last
 
