@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from dspark_backend.kv.contiguous import SequenceKV
 from dspark_backend.kv.pool import SequencePool
 from dspark_backend.kv.retention import returns_in
+from dspark_backend.kv.sequence import KV
 from dspark_backend.running import RunningStep
 from dspark_backend.session import Session
 
@@ -25,7 +25,7 @@ class Admission:
         """``margin``: positions a drafter uses past the end of a sequence."""
         self._pool = pool
         self._margin = margin
-        self._source: tuple[SequenceKV | None, int] = (None, 0)
+        self._source: tuple[KV | None, int] = (None, 0)
 
     def check_fits(self, positions: int) -> None:
         """Raises CapacityError when a step that ends with so many positions can never run."""
@@ -38,29 +38,30 @@ class Admission:
         """
         session = step.session
         others = [other for other in live if other is not session and other.kv.capacity]
-        source: SequenceKV | None = None
+        source: KV | None = None
         shared = 0
         if session.kv.length == 0:
             logs = ((other.log, other.kv) for other in others)
             source, shared = self._pool.longest(session.log, logs)
         self._source = source, shared
-        return self._pool.make_room(session.kv, self._needed(step), _idle(others), source)
+        return self._pool.make_room(session.kv, self._needed(step), _idle(others), source, shared)
 
     def fill(self, step: RunningStep) -> None:
-        """Reserve the room, and copy into it what another sequence has of the log already."""
+        """Reserve the room, and take over what another sequence has of the log already."""
         kv = step.session.kv
-        self._pool.reserve(kv, self._needed(step))
         source, shared = self._source
         self._source = (None, 0)
-        # Making room may have cost the source itself; then there is nothing to copy.
+        # Making room may have cost the source itself; then there is nothing to take over.
         if source is not None and source.length >= shared:
-            kv.copy_prefix(source, shared)
+            self._pool.take_over(kv, source, shared, self._needed(step))
+        else:
+            self._pool.reserve(kv, self._needed(step))
 
     def _needed(self, step: RunningStep) -> int:
         return len(step.session.log) + step.request.max_new_tokens + self._margin
 
 
-def _idle(sessions: Sequence[Session]) -> list[SequenceKV]:
+def _idle(sessions: Sequence[Session]) -> list[KV]:
     """The sequences of those whose step does not run: who returns last first, who waits in the
     queue last."""
     now = time.monotonic()

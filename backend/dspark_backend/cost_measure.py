@@ -12,16 +12,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
-import numpy as np
 import torch
 
 from dspark_backend.kernels import jit
-from dspark_backend.rehearsal import Task, catching_up, drafting, sequence, verifying
+from dspark_backend.rehearsal import Task, catching_up, drafting, features_of, sequences, verifying
 from dspark_backend.speculation.cost import CostModel
 from dspark_backend.speculation.cost_store import keep, read_kept
 from dspark_backend.speculation.cost_table import Conditions, CostTable
 from dspark_backend.speculation.protocol import Drafter
-from dspark_backend.target.decoder import Decoder
+from dspark_backend.target.protocol import Target
 
 _log = logging.getLogger(__name__)
 
@@ -43,9 +42,7 @@ _LEAST_SPAN = 64  # positions: a shorter difference of contexts is lost in the n
 Clock = Callable[[], float]
 
 
-def kept_or_measured(
-    decoder: Decoder, drafter: Drafter | None, conditions: Conditions
-) -> CostModel:
+def kept_or_measured(decoder: Target, drafter: Drafter | None, conditions: Conditions) -> CostModel:
     """The cost model for ``conditions``, measured now if there is none yet, and kept unless
     something else ran meanwhile."""
     table = read_kept(conditions)
@@ -60,7 +57,7 @@ def kept_or_measured(
 
 
 def measure(
-    decoder: Decoder,
+    decoder: Target,
     drafter: Drafter | None,
     threads: int,
     *,
@@ -77,8 +74,8 @@ def measure(
     few, context, long = shape.few, shape.context, shape.long
     taps = () if drafter is None else tuple(drafter.taps)
     capacity = max(long + few, context + shape.rows[-1])
-    one = [sequence(decoder.kv_shape, capacity)]
-    several = [*one, *(sequence(decoder.kv_shape, context + 1) for _ in range(few - 1))]
+    several = sequences(decoder, [capacity, *[context + 1] * (few - 1)])
+    one = several[:1]
     tasks = {f"rows {n}": verifying(decoder, taps, one, n, context) for n in shape.rows}
     tasks["requests"] = verifying(decoder, taps, several, 1, context)
     if long:
@@ -86,8 +83,7 @@ def measure(
         tasks[f"long {few}"] = verifying(decoder, taps, one, few, long)
     if drafter is not None:
         anchors = drafting(drafter, decoder, ANCHORS[-1], context)
-        read = min(COMMITTED, context)
-        features = np.full((read, len(taps) * decoder.config.hidden_size), 0.02, np.float32)
+        features = features_of(decoder, taps, min(COMMITTED, context))
         tasks |= {f"anchors {n}": catching_up(drafter, anchors[:n], features) for n in ANCHORS}
     seconds = timed(tasks, threads, budget_s, clock)
 
@@ -185,7 +181,7 @@ class _Shape:
     long: int
 
     @classmethod
-    def of(cls, decoder: Decoder) -> _Shape:
+    def of(cls, decoder: Target) -> _Shape:
         room = decoder.max_positions
         context = min(CONTEXT, room // 2)
         rows = tuple(n for n in ROWS if n <= room - context)

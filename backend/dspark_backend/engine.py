@@ -29,12 +29,13 @@ from dspark_backend.grammar.dialect import Dialect, dialect_for
 from dspark_backend.handle import StepHandle
 from dspark_backend.kernels import jit
 from dspark_backend.kernels.apart import apart
-from dspark_backend.kv.contiguous import SequenceKV
 from dspark_backend.kv.pool import SequencePool
+from dspark_backend.kv.sequence import KV
 from dspark_backend.loop import StepLoop
 from dspark_backend.rehearsal import compile_kernels
 from dspark_backend.request import StepOutcome, StepRequest, Urgency
 from dspark_backend.running import RunningStep
+from dspark_backend.sampling.verifier import HostVerifier, Verifier
 from dspark_backend.scheduler import Limits
 from dspark_backend.session import Session
 from dspark_backend.speculation.arbiter import Arbiter
@@ -46,9 +47,9 @@ from dspark_backend.speculation.policies import Fixed, named
 from dspark_backend.speculation.protocol import Drafter
 from dspark_backend.speculation.signals import Signals
 from dspark_backend.speculation.step_aware import StepAware
-from dspark_backend.target.decoder import Decoder
 from dspark_backend.target.load import load_decoder
 from dspark_backend.target.precision import Precision, default_precision
+from dspark_backend.target.protocol import Target
 
 if TYPE_CHECKING:
     from dspark_backend.grammar.spec import TurnSpec
@@ -66,7 +67,7 @@ class Engine:
     def __init__(
         self,
         files: ModelFiles,
-        decoder: Decoder,
+        decoder: Target,
         precision: Precision,
         threads: int,
         kv_bytes: int,
@@ -75,11 +76,13 @@ class Engine:
         policy: BudgetPolicy | None = None,
         cost: CostModel | None = None,
         signals: Signals | None = None,
+        verifier: Verifier | None = None,
     ) -> None:
         """``drafter`` or ``cost`` turn speculation on: ``cost`` is what passes and drafts take on
         this machine, so that copies and drafts are verified as far as they pay. ``policy`` says how
         much that is, ``step_aware`` when left out, or whole blocks where no cost is known, in which
-        case nothing is copied either. ``signals`` is for ablations."""
+        case nothing is copied either. ``signals`` is for ablations. ``verifier`` judges where the
+        target's logits lie, on the CPU when left out."""
         self.files = files
         self.name = files.name
         self.config: TargetConfig = files.config
@@ -91,13 +94,21 @@ class Engine:
         self.cost = cost
         self.lock = threading.RLock()
         draft_shape = None if drafter is None else drafter.context_shape
-        self._pool = SequencePool(decoder.kv_shape, draft_shape, kv_bytes)
+        self._pool = SequencePool(decoder.storage(draft_shape, kv_bytes))
         size = 0 if drafter is None else drafter.block_size
         usual = Fixed(size) if cost is None else StepAware(block_size=size or 8)
         signals = signals or Signals(copies=cost is not None)
         arbiter = Arbiter(size, policy or usual, cost, signals)
         self._loop = StepLoop(
-            decoder, self._pool, threads, limits, drafter, arbiter, cost, self._retire
+            decoder,
+            verifier or HostVerifier(),
+            self._pool,
+            threads,
+            limits,
+            drafter,
+            arbiter,
+            cost,
+            self._retire,
         )
         self._copies = signals.copies
         self._memories = Memories(self.tokenizer)
@@ -315,17 +326,17 @@ class Engine:
         if not chosen:
             return
         try:
-            result, seconds = self._loop.run(chosen)
+            judged, seconds = self._loop.run(chosen)
         except Exception as error:
             with self.lock:
                 self._loop.fail(chosen, error)
             return
         with self.lock:
-            self._loop.commit(chosen, result, seconds)
+            self._loop.commit(chosen, judged, seconds)
 
     # -- sessions and checks -----------------------------------------------------------------
 
-    def _adopt(self, kv: SequenceKV, memory: Memory) -> Session:
+    def _adopt(self, kv: KV, memory: Memory) -> Session:
         session = Session(kv, self, memory)
         self._sessions.add(session)
         return session

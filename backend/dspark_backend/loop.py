@@ -5,31 +5,30 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 from dspark_backend.admission import Admission
+from dspark_backend.cycle import Cycle, Judged
 from dspark_backend.kernels import jit
-from dspark_backend.kv.contiguous import SequenceKV
 from dspark_backend.kv.pool import SequencePool
+from dspark_backend.kv.sequence import KV, Positions
 from dspark_backend.request import FinishReason
 from dspark_backend.running import RunningStep
+from dspark_backend.sampling.verifier import Answer, Verifier
 from dspark_backend.scheduler import Limits, plan, precedence, weight
 from dspark_backend.session import Session
-from dspark_backend.speculation.account import CycleAccount
 from dspark_backend.speculation.arbiter import Arbiter, Decision
-from dspark_backend.speculation.block import Block, Offer
+from dspark_backend.speculation.block import Offer
 from dspark_backend.speculation.candidate import Candidate
 from dspark_backend.speculation.copy import CopyProposer
 from dspark_backend.speculation.copy_acceptance import CopyAcceptance
 from dspark_backend.speculation.cost import CostModel
 from dspark_backend.speculation.protocol import Drafter
 from dspark_backend.target.batch import Batch, Rows
-from dspark_backend.target.decoder import Decoder, Pass
+from dspark_backend.target.protocol import Target
 from dspark_backend.waiting import WaitingLine
 
 _log = logging.getLogger(__name__)
@@ -47,7 +46,8 @@ class StepLoop:
 
     def __init__(
         self,
-        decoder: Decoder,
+        target: Target,
+        verifier: Verifier,
         pool: SequencePool,
         threads: int,
         limits: Limits,
@@ -60,7 +60,8 @@ class StepLoop:
         step ran."""
         self.waiting: WaitingLine[RunningStep] = WaitingLine()
         self.running: list[RunningStep] = []
-        self._decoder = decoder
+        self._target = target
+        self._verifier = verifier
         self._pool = pool
         self._threads = threads
         self._limits = limits
@@ -68,7 +69,7 @@ class StepLoop:
         self._arbiter = arbiter
         self._cost = cost
         self._copied = CopyAcceptance()
-        self._cycle = _Cycle()
+        self._cycle = Cycle()
         self._admission = Admission(pool, 0 if drafter is None else drafter.block_size)
         self._retire = retire
 
@@ -92,7 +93,7 @@ class StepLoop:
         for step in self.running:
             self._guarded(step, step.clear)
         self._sweep()
-        self._cycle = _Cycle()
+        self._cycle = Cycle()
         self._propose()
         self._sweep()
         self._budget()
@@ -116,27 +117,30 @@ class StepLoop:
         self._sweep()
         return chosen
 
-    def run(self, chosen: Sequence[tuple[RunningStep, Rows]]) -> tuple[Pass, float]:
-        """One pass of the target over the chosen rows, and the seconds it took."""
+    def run(self, chosen: Sequence[tuple[RunningStep, Rows]]) -> tuple[Judged, float]:
+        """One pass of the target over the chosen rows, and the seconds it took; a device judges
+        the blocks in that time, the CPU only when their steps ask."""
         started = time.perf_counter()
         taps = () if self._drafter is None else self._drafter.taps
         with jit.threads(self._threads):
-            result = self._decoder.forward(Batch([rows for _, rows in chosen]), taps)
-        return result, time.perf_counter() - started
+            result = self._target.forward(Batch([rows for _, rows in chosen]), taps)
+            asking = [step.question() for step, rows in chosen if rows.logits]
+            answers = self._verifier.ask(result.logits, asking)
+        return Judged(answers, result.features), time.perf_counter() - started
 
     def commit(
-        self, chosen: Sequence[tuple[RunningStep, Rows]], result: Pass, seconds: float
+        self, chosen: Sequence[tuple[RunningStep, Rows]], judged: Judged, seconds: float
     ) -> None:
-        """Verify every step's block and commit what holds; the draft contexts follow the KV."""
-        row = wanted = 0
+        """Commit what holds of every step's block; the draft contexts follow the KV."""
+        row = 0
+        answers = iter(judged.answers)
         self._observe(chosen, seconds)
         for step, rows in chosen:
-            logits = result.logits[wanted : wanted + rows.logits]
-            judge = partial(self._verify, step, rows, logits, seconds)
-            features = result.features[row : row + len(rows.tokens)]
+            answer = next(answers) if rows.logits else None
+            judge = partial(self._verify, step, rows, answer, seconds)
+            features = judged.features[row : row + len(rows.tokens)]
             self._guarded(step, partial(self._judge, step, rows.kv, judge, features))
             row += len(rows.tokens)
-            wanted += rows.logits
         self._sweep()
 
     def fail(self, chosen: Sequence[tuple[RunningStep, Rows]], error: Exception) -> None:
@@ -288,14 +292,14 @@ class StepLoop:
                 cycle.rows, cycle.requests, context, cycle.anchors, seconds, cycle.draft_s
             )
 
-    def _verify(self, step: RunningStep, rows: Rows, logits: torch.Tensor, seconds: float) -> None:
+    def _verify(self, step: RunningStep, rows: Rows, answer: Answer | None, seconds: float) -> None:
         step.computed(len(rows.tokens), seconds)
-        if not rows.logits:
+        if answer is None:
             return
         block = step.block
         if step.request.explain:
             step.account = self._cycle.account(step)
-        accepted = step.advance(logits)
+        accepted = step.advance(answer)
         self._arbiter.learn(step, self._proposer(step), block, accepted)
 
     def _room_to_draft(self, step: RunningStep, positions: int) -> None:
@@ -306,9 +310,9 @@ class StepLoop:
     def _judge(
         self,
         step: RunningStep,
-        kv: SequenceKV,
+        kv: KV,
         judge: Callable[[], None],
-        features: NDArray[np.float32],
+        features: Tensor,
     ) -> None:
         """Verify, and hand the drafter what it will read of the rows that hold: in one go, since a
         session that was closed meanwhile is kept for its beginning right afterwards."""
@@ -317,10 +321,10 @@ class StepLoop:
         if kv.draft is not None:
             self._remember(step, features[: kv.length - before])
 
-    def _remember(self, step: RunningStep, features: NDArray[np.float32]) -> None:
+    def _remember(self, step: RunningStep, features: Tensor) -> None:
         """What the drafter will read of the tokens that were just computed: when it drafts next, or
         when others may look at its context. Many tokens at once cost it little more than one."""
-        step.unread.append(features.copy())
+        step.unread.append(features.clone())
         if step.finished or sum(map(len, step.unread)) >= _UNREAD:
             self._catch_up(step)
 
@@ -332,7 +336,7 @@ class StepLoop:
         assert self._drafter is not None
         started = time.perf_counter()
         with jit.threads(self._threads):
-            self._drafter.extend(_context(step), np.concatenate(features))
+            self._drafter.extend(_context(step), torch.cat(features))
         if not step.finished:
             step.metrics.draft_s += time.perf_counter() - started
 
@@ -359,39 +363,7 @@ class StepLoop:
         self.running = [step for step in self.running if not step.finished]
 
 
-def _context(step: RunningStep) -> SequenceKV:
+def _context(step: RunningStep) -> Positions:
     context = step.session.kv.draft
     assert context is not None, "every sequence of an engine with a drafter has a draft context"
     return context
-
-
-@dataclass(slots=True, eq=False)
-class _Cycle:
-    """What is known of the cycle under way."""
-
-    anchors: int = 0
-    draft_s: float = 0.0
-    rows: int = 0
-    requests: int = 0
-    verify_s: float = 0.0
-    predicted_s: float | None = None
-    explained: dict[RunningStep, tuple[Block, Decision]] = field(default_factory=dict)
-
-    def account(self, step: RunningStep) -> CycleAccount:
-        """As ``step`` sees it before its block is judged."""
-        block, decision = self.explained.get(step, (step.block, Decision(0, "prefill")))
-        return CycleAccount(
-            position=len(step.session.log),
-            tokens=block.tokens,
-            sources=block.sources,
-            survival=block.survival,
-            verified=decision.length,
-            reason=decision.reason,
-            accepted=0,
-            written=0,
-            rows=self.rows,
-            requests=self.requests,
-            draft_s=self.draft_s,
-            verify_s=self.verify_s,
-            predicted_s=self.predicted_s,
-        )

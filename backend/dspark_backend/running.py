@@ -18,9 +18,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 from dspark_backend.events import Failed, Finished, Prefilled, StepEvent, Tokens
 from dspark_backend.metrics import EngineMetrics
@@ -28,6 +26,7 @@ from dspark_backend.request import FinishReason, ForcedMode, StepKind, StepOutco
 from dspark_backend.sampling.drafting import SampledDrafts
 from dspark_backend.sampling.sampler import Sampler
 from dspark_backend.sampling.stop import StopStrings
+from dspark_backend.sampling.verifier import Answer, Question
 from dspark_backend.speculation.account import CycleAccount
 from dspark_backend.speculation.block import (
     FORCED,
@@ -42,7 +41,7 @@ from dspark_backend.speculation.protocol import Anchor, Proposal
 from dspark_backend.speculation.trail import Trail
 
 if TYPE_CHECKING:
-    from dspark_backend.kv.contiguous import SequenceKV
+    from dspark_backend.kv.sequence import Positions
     from dspark_backend.session import Session
     from dspark_backend.tokenizer import Tokenizer
 
@@ -69,7 +68,7 @@ class RunningStep:
         """Of the cycle under way, where the request asks to explain; what it brought is added."""
         self._accounts: list[CycleAccount] = []
         self.finished = False
-        self.unread: list[NDArray[np.float32]] = []
+        self.unread: list[Tensor] = []
         """Features of computed tokens that the drafter has not read yet, in order."""
         self.weight = 1.0
         """What a token of this step is worth beside one of another."""
@@ -188,7 +187,7 @@ class RunningStep:
         self.block = constrained(trail, offer if forced else None, room=max(self.room, 0))
         self.metrics.grammar_s += time.perf_counter() - started
 
-    def anchor(self, context: SequenceKV, *, guided: bool = True) -> Anchor:
+    def anchor(self, context: Positions, *, guided: bool = True) -> Anchor:
         """Where a drafter goes on, ``context`` being its own of this session; for one call of it.
         With ``guided`` off, drafts that are not sampled do not look at the grammar."""
         first = self.session.kv.length
@@ -237,16 +236,21 @@ class RunningStep:
         else:
             self.metrics.decode_s += seconds
 
-    def advance(self, logits: torch.Tensor) -> int:
-        """Choose and commit from ``logits`` [1 + drafts, V]: what follows the log, then each draft.
-        Returns how many of the block's tokens stood.
+    def question(self) -> Question:
+        """What a pass over the block is asked: which of its tokens stand, and what follows."""
+        block = self.block
+        return Question(self._sampler, block.tokens, block.masks, block.distributions)
+
+    def advance(self, answer: Answer) -> int:
+        """Commit what ``answer`` lets stand of the block, and what follows it. Returns how many of
+        the block's tokens stood.
 
         Raises GrammarError when the grammar allows nothing or dies; the step is to fail then.
         """
         self.metrics.cycles += 1
         block = self.block
         started = time.perf_counter()
-        acceptance = self._sampler.verify(logits, block.tokens, block.masks, block.distributions)
+        acceptance = answer()
         self.metrics.verify_s += time.perf_counter() - started
         self.block = Block()
         if self.account is not None:

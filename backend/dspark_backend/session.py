@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dspark_backend.errors import RequestError, SessionClosedError
-from dspark_backend.kv.contiguous import SequenceKV
+from dspark_backend.kv.sequence import KV
 from dspark_backend.request import StepKind
 from dspark_backend.speculation.copy import CopyProposer
 from dspark_backend.speculation.copy_acceptance import CopyAcceptance
@@ -37,7 +37,7 @@ class Session:
     time; methods may be called from any thread.
     """
 
-    def __init__(self, kv: SequenceKV, owner: SessionOwner, memory: Memory) -> None:
+    def __init__(self, kv: KV, owner: SessionOwner, memory: Memory) -> None:
         self._owner = owner
         self.memory = memory
         self._closed = False

@@ -11,10 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from dspark_backend import cost_measure
 from dspark_backend.catalog.files import ModelFiles, folder_identity, open_checkpoint
@@ -44,6 +42,7 @@ from dspark_backend.target.batch import Batch
 from dspark_backend.target.decoder import Decoder
 from dspark_backend.target.load import load_decoder
 from dspark_backend.target.precision import Precision
+from dspark_backend.target.protocol import Pass
 
 
 class Machine:
@@ -227,7 +226,7 @@ def test_drafting_costs_the_call_and_what_it_reads_before(
     drafter = DSparkDrafter.load(drafted.folder, drafted.files, 512)
     read: list[int] = []
 
-    def extend(context: SequenceKV, features: NDArray[np.float32]) -> None:
+    def extend(context: SequenceKV, features: torch.Tensor) -> None:
         assert features.shape[1] == len(drafter.taps) * decoder.config.hidden_size
         read.append(len(features))
         context.length += len(features)
@@ -238,7 +237,12 @@ def test_drafting_costs_the_call_and_what_it_reads_before(
         machine.spend(3e-3 + 1e-4 * len(anchors))
         return []
 
-    monkeypatch.setattr(decoder, "forward", lambda batch, taps=(): machine.spend(a_pass(batch)))
+    def forward(batch: Batch, taps: Sequence[int] = ()) -> Pass:
+        machine.spend(a_pass(batch))
+        width = len(taps) * decoder.config.hidden_size
+        return Pass(torch.empty(0, 0), torch.zeros(batch.rows, width))
+
+    monkeypatch.setattr(decoder, "forward", forward)
     monkeypatch.setattr(drafter, "extend", extend)
     monkeypatch.setattr(drafter, "propose", propose)
     table = measure(decoder, drafter, 1, clock=machine.clock, budget_s=10.0)

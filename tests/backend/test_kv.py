@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dspark_backend.errors import CapacityError
-from dspark_backend.kv.contiguous import KVBudget, KVShape, SequenceKV
+from dspark_backend.kv.budget import KVBudget, KVShape
+from dspark_backend.kv.contiguous import ContiguousStorage, SequenceKV
 from dspark_backend.kv.pool import SequencePool
 from dspark_backend.kv.prefix import PrefixCache, common_prefix
 from dspark_backend.kv.retention import returns_in
@@ -150,7 +151,7 @@ def test_a_reservation_is_generous_only_while_memory_is_plenty() -> None:
 
 
 def test_a_pool_gives_up_prefixes_then_surplus_then_the_first_of_the_idle() -> None:
-    pool = SequencePool(SHAPE, None, 8 * GRAIN_BYTES)
+    pool = SequencePool(ContiguousStorage(SHAPE, None, 8 * GRAIN_BYTES))
 
     def held(length: int, reserved: int) -> SequenceKV:
         kv = pool.new()
@@ -174,7 +175,7 @@ def test_a_pool_gives_up_prefixes_then_surplus_then_the_first_of_the_idle() -> N
     assert [kv.length for kv in idle] == [5, 6]
     assert pool.make_room(wanted, 4 * grain, idle)
     assert [kv.length for kv in (*idle, running)] == [0, 6, 9]
-    assert pool.make_room(wanted, 5 * grain, idle, spare=idle[1])
+    assert pool.make_room(wanted, 5 * grain, idle, source=idle[1])
     assert [kv.length for kv in (*idle, running)] == [0, 0, 9]
 
 

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from dspark_backend.catalog import ModelFiles
 from dspark_backend.engine import Engine
 from dspark_backend.grammar.spec import TurnSpec
-from dspark_backend.kv.contiguous import KVBudget, SequenceKV
+from dspark_backend.kv.budget import KVBudget
+from dspark_backend.kv.contiguous import SequenceKV
 from dspark_backend.request import ForcedMode, SamplingParams, StepOutcome, StepRequest
 from dspark_backend.target.batch import Batch, Rows
 from dspark_backend.target.decoder import Decoder

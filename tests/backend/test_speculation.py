@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from dspark_backend.catalog.files import ModelFiles, open_checkpoint
 from dspark_backend.engine import Engine
 from dspark_backend.grammar.compile import Grammar
-from dspark_backend.kv.contiguous import KVBudget, KVShape, SequenceKV
+from dspark_backend.kv.budget import KVBudget, KVShape
+from dspark_backend.kv.contiguous import SequenceKV
 from dspark_backend.request import FinishReason, ForcedMode, SamplingParams, StepRequest
 from dspark_backend.scheduler import Limits
 from dspark_backend.speculation.block import FORCED, Offer, constrained
@@ -58,11 +59,11 @@ class ScriptedDrafter:
         kv = SequenceKV(self._decoder.kv_shape, KVBudget(2**40))
         kv.reserve(len(text))
         features = self._decoder.forward(Batch([Rows(kv, text, 0)]), self.taps).features[:, 0]
-        self._texts.append((list(text), features.copy()))
+        self._texts.append((list(text), features.numpy().copy()))
 
-    def extend(self, context: SequenceKV, features: NDArray[np.float32]) -> None:
+    def extend(self, context: SequenceKV, features: torch.Tensor) -> None:
         start = context.length
-        context.keys[0, 0, start : start + len(features), 0] = features[:, 0]
+        context.keys[0, 0, start : start + len(features), 0] = features[:, 0].numpy()
         context.length = start + len(features)
 
     def propose(self, anchors: Sequence[Anchor]) -> list[Proposal]:

@@ -22,7 +22,7 @@ from dspark_backend.drafter.drafter import DSparkDrafter
 from dspark_backend.drafter.shipped import shipped_drafter
 from dspark_backend.plot import Plot, rounded_up
 from dspark_backend.processor import usable_cores
-from dspark_backend.rehearsal import Task, compile_kernels, sequence, verifying
+from dspark_backend.rehearsal import Task, compile_kernels, sequences, verifying
 from dspark_backend.speculation.cost import CostModel
 from dspark_backend.speculation.cost_store import conditions_here, keep
 from dspark_backend.speculation.cost_table import CostTable
@@ -165,9 +165,9 @@ def _checks(
     shapes: dict[str, tuple[int, int, int]] = {}
     for requests, each, wanted in _CHECKS:
         length = min(wanted, decoder.max_positions - each)
-        sequences = [sequence(decoder.kv_shape, length + each) for _ in range(requests)]
+        rows = sequences(decoder, [length + each] * requests)
         name = f"{requests} x {each} after {length}"
-        tasks[name] = verifying(decoder, taps, sequences, each, length)
+        tasks[name] = verifying(decoder, taps, rows, each, length)
         shapes[name] = (requests * each, requests, requests * length)
     seconds = timed(tasks, threads, budget_s)
     return tuple(

@@ -12,7 +12,7 @@ from dspark_backend.bench.lineup import Subject, Terms, contender_spec
 from dspark_backend.bench.steps import room
 from dspark_backend.bench.trace import TraceRun
 from dspark_backend.engine import DEFAULT_KV_BYTES
-from dspark_backend.kv.contiguous import KVShape
+from dspark_backend.kv.budget import KVShape
 from dspark_backend.scheduler import Limits
 
 # A drafter's context takes a few layers beside the target's own.

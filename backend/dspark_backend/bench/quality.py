@@ -16,7 +16,6 @@ from dspark_backend.bench.errors import BenchError
 from dspark_backend.bench.host import HostFacts, host_facts
 from dspark_backend.catalog import ProgressSink, resolve
 from dspark_backend.kernels import jit
-from dspark_backend.kv.contiguous import KVBudget, SequenceKV
 from dspark_backend.processor import usable_cores
 from dspark_backend.target.batch import Batch, Rows
 from dspark_backend.target.decoder import Decoder
@@ -130,7 +129,7 @@ def _windows(tokens: Sequence[int]) -> Iterator[Sequence[int]]:
 
 def _loss(decoder: Decoder, window: Sequence[int]) -> float:
     """The summed negative log likelihood of a window's tokens after the first."""
-    kv = SequenceKV(decoder.kv_shape, KVBudget(_NO_LIMIT))
+    kv = decoder.storage(None, _NO_LIMIT).new()
     kv.reserve(len(window))
     loss = 0.0
     for first in range(0, len(window) - 1, _CHUNK):

@@ -21,7 +21,9 @@ from dspark_backend.kernels.draft_attention.cpu import attend_block
 from dspark_backend.kernels.norm.cpu import add_rms_norm, rms_norm
 from dspark_backend.kernels.rope.cpu import rope_append
 from dspark_backend.kernels.swiglu.cpu import silu_mul
-from dspark_backend.kv.contiguous import KVShape, SequenceKV
+from dspark_backend.kv.budget import KVShape
+from dspark_backend.kv.contiguous import contiguous
+from dspark_backend.kv.sequence import Positions
 from dspark_backend.speculation.protocol import Anchor, Proposal
 from dspark_backend.speculation.vocabulary import DraftVocabulary
 from dspark_backend.target.precision import Precision
@@ -73,8 +75,9 @@ class DSparkDrafter:
         """
         return cls(open_drafter(folder, target.config), target, max_positions, precision)
 
-    def extend(self, context: SequenceKV, features: Rows) -> None:
+    def extend(self, context: Positions, features: torch.Tensor) -> None:
         """Append ``features`` [n, feature_size] of the next n committed positions."""
+        kv = contiguous(context)
         count, shape, weights = len(features), self._shape, self._weights
         if not count:
             return
@@ -82,7 +85,7 @@ class DSparkDrafter:
         if end > context.capacity:
             raise ValueError(f"no room for {end} positions: {context.capacity} are reserved")
         mixed = np.empty((count, shape.hidden_size), np.float32)
-        weights.fc(np.ascontiguousarray(features), mixed)
+        weights.fc(features.contiguous().numpy(), mixed)
         rms_norm(mixed, weights.hidden_norm, shape.rms_norm_eps, mixed)
         positions = np.arange(context.length, end)
         projected = np.empty((count, 2 * shape.num_kv_heads * shape.head_dim), np.float32)
@@ -91,7 +94,7 @@ class DSparkDrafter:
             layer.kv(mixed, projected)
             rope_append(
                 projected, positions, self._cos, self._sin, layer.q_norm, layer.k_norm,
-                shape.rms_norm_eps, nobody, context.keys[index], context.values[index],
+                shape.rms_norm_eps, nobody, kv.keys[index], kv.values[index],
             )  # fmt: skip
         context.length = end
 
@@ -151,7 +154,7 @@ class DSparkDrafter:
                 qkv[mine], slots, self._cos[start:], self._sin[start:], layer.q_norm,
                 layer.k_norm, shape.rms_norm_eps, q, keys, values,
             )  # fmt: skip
-            context = anchor.context
+            context = contiguous(anchor.context)
             attend_block(
                 q, context.keys[index], context.values[index], start, keys, values, mixed[mine]
             )

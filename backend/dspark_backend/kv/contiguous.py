@@ -2,53 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark_backend.errors import CapacityError
+from dspark_backend.kv.budget import KVBudget, KVShape
+from dspark_backend.kv.sequence import KV, Positions
 
 
-@dataclass(frozen=True, slots=True)
-class KVShape:
-    """What one position of a sequence takes up: float32 keys and values of every layer."""
+class ContiguousStorage:
+    """Sequences in the memory of this process; ``draft`` is the drafter's shape, if there is one.
 
-    layers: int
-    kv_heads: int
-    head_dim: int
+    ``limit_bytes`` is the grant of keys and values.
+    """
 
-    @property
-    def bytes_per_token(self) -> int:
-        return 2 * self.layers * self.kv_heads * self.head_dim * 4
+    def __init__(self, shape: KVShape, draft: KVShape | None, limit_bytes: int) -> None:
+        self.budget = KVBudget(limit_bytes)
+        self._shape = shape
+        self._draft = draft
+
+    def new(self) -> SequenceKV:
+        """An empty sequence; it holds no memory yet."""
+        draft = None if self._draft is None else SequenceKV(self._draft, self.budget)
+        return SequenceKV(self._shape, self.budget, draft)
+
+    def reclaimable_bytes(self, sequences: Iterable[KV]) -> int:
+        """Budget that comes back where all of ``sequences`` are closed."""
+        return sum(kv.held_bytes for kv in sequences)
 
 
-class KVBudget:
-    """The memory granted to all sequences of an engine, counted by capacity held."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self.limit_bytes = limit_bytes
-        self.used_bytes = 0
-
-    def fits(self, more_bytes: int) -> bool:
-        return self.used_bytes + more_bytes <= self.limit_bytes
-
-    def is_plenty(self, more_bytes: int) -> bool:
-        """Whether half of the grant is still free after ``more_bytes``."""
-        return self.used_bytes + more_bytes <= self.limit_bytes // 2
-
-    def take(self, more_bytes: int) -> None:
-        """Raises CapacityError when the grant is used up; nothing is taken then."""
-        if not self.fits(more_bytes):
-            raise CapacityError(
-                f"the KV memory is used up: {self.used_bytes / 2**20:.0f} of "
-                f"{self.limit_bytes / 2**20:.0f} MiB held, {more_bytes / 2**20:.0f} MiB more "
-                "needed; close sessions, or load the engine with a larger kv_bytes"
-            )
-        self.used_bytes += more_bytes
-
-    def give_back(self, count_bytes: int) -> None:
-        self.used_bytes -= count_bytes
+def contiguous(kv: Positions) -> SequenceKV:
+    """``kv`` as what runs on the CPU reads it. Raises TypeError for a sequence that lies elsewhere:
+    it belongs to another engine's target."""
+    if not isinstance(kv, SequenceKV):
+        raise TypeError(f"a sequence on the CPU is a SequenceKV, not {type(kv).__name__}")
+    return kv
 
 
 class SequenceKV:
@@ -82,8 +71,11 @@ class SequenceKV:
         own = self.capacity * self.shape.bytes_per_token
         return own if self.draft is None else own + self.draft.held_bytes
 
-    def capacity_bytes_for(self, length: int) -> int:
-        """Bytes of budget that ``reserve(length)`` needs on top of what is held."""
+    def capacity_bytes_for(
+        self, length: int, source: SequenceKV | None = None, shared: int = 0
+    ) -> int:
+        """Bytes of budget that ``reserve(length)`` needs on top of what is held: what is taken over
+        from a source is copied, so it changes nothing."""
         return self._bytes_to(length, generous=False)
 
     def reserve(self, length: int) -> None:
@@ -112,13 +104,14 @@ class SequenceKV:
         if self.draft is not None:
             self.draft.truncate(min(self.draft.length, length))
 
-    def copy_prefix(self, source: SequenceKV, length: int) -> None:
-        """Become positions ``0 .. length - 1`` of ``source``; this sequence must be empty."""
+    def copy_prefix(self, source: SequenceKV, length: int, room: int = 0) -> None:
+        """Become positions ``0 .. length - 1`` of ``source``, with room for ``room`` positions;
+        this sequence must be empty."""
         if self.length:
             raise ValueError("only an empty sequence can take over a prefix")
         if length > source.length:
             raise ValueError(f"the source holds {source.length} positions, not {length}")
-        self.reserve(length)
+        self.reserve(max(length, room))
         self.keys[:, :, :length] = source.keys[:, :, :length]
         self.values[:, :, :length] = source.values[:, :, :length]
         self.length = length
@@ -126,6 +119,13 @@ class SequenceKV:
             if source.draft is None:
                 raise ValueError("the source has no draft context to copy")
             self.draft.copy_prefix(source.draft, length)
+
+    def fill(self, value: float) -> None:
+        """Write ``value`` to all that there is room for, the draft context included."""
+        self.keys.fill(value)
+        self.values.fill(value)
+        if self.draft is not None:
+            self.draft.fill(value)
 
     def close(self) -> None:
         """Give the memory back. Idempotent."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from dspark_backend.errors import CapacityError
-from dspark_backend.kv.contiguous import KVBudget, KVShape, SequenceKV
 from dspark_backend.kv.prefix import PrefixCache
+from dspark_backend.kv.sequence import KV, Positions, Storage
 
 PREFIX_SHARE = 4
 """Kept prefixes may hold one part in this many of the budget."""
@@ -18,72 +18,81 @@ class SequencePool:
     Not thread-safe: the engine's lock guards it.
     """
 
-    def __init__(self, shape: KVShape, draft_shape: KVShape | None, limit_bytes: int) -> None:
-        self._shape = shape
-        self._draft_shape = draft_shape
-        self._budget = KVBudget(limit_bytes)
-        self._prefixes = PrefixCache(limit_bytes // PREFIX_SHARE)
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._budget = storage.budget
+        self._prefixes = PrefixCache(self._budget.limit_bytes // PREFIX_SHARE)
 
     @property
     def used_bytes(self) -> int:
         return self._budget.used_bytes
 
-    def new(self) -> SequenceKV:
+    def new(self) -> KV:
         """An empty sequence; it holds no memory yet."""
-        draft = None
-        if self._draft_shape is not None:
-            draft = SequenceKV(self._draft_shape, self._budget)
-        return SequenceKV(self._shape, self._budget, draft)
+        return self._storage.new()
 
     def make_room(
         self,
-        kv: SequenceKV,
+        kv: Positions,
         length: int,
-        idle: Sequence[SequenceKV] = (),
-        spare: SequenceKV | None = None,
+        idle: Sequence[KV] = (),
+        source: KV | None = None,
+        shared: int = 0,
     ) -> bool:
         """Whether ``kv`` can have ``length`` positions now, giving up for it what it takes, and
         nothing where all of it would not do.
 
         What goes, in this order, until it fits: kept prefixes, what the ``idle`` sequences of open
         sessions have reserved and not used, then those sequences themselves, the first of ``idle``
-        first; at the very end ``spare``, which ``kv`` is to be filled from. Lengths become 0:
-        whoever owns such a sequence computes it again.
+        first; at the very end ``source``, whose first ``shared`` positions ``kv`` is to take over.
+        Lengths become 0: whoever owns such a sequence computes it again.
         """
-        if self._fits(kv, length):
+
+        def fits() -> bool:
+            return self._fits(kv, length, source, shared)
+
+        if fits():
             return True
-        most = self._prefixes.held_bytes + sum(other.held_bytes for other in idle)
-        if not self._budget.fits(kv.capacity_bytes_for(length) - most):
-            return False
-        while self._prefixes.evict(spare):
-            if self._fits(kv, length):
+        others = [other for other in (*self._prefixes.kept, *idle) if other is not source]
+        if not self._would_fit(kv, length, others, source, shared):
+            everything = [*self._prefixes.kept, *idle]
+            if not self._would_fit(kv, length, everything, None, 0):
+                return False
+        while self._prefixes.evict(source):
+            if fits():
                 return True
         for other in idle:
             other.trim()
-            if self._fits(kv, length):
+            if fits():
                 return True
-        for other in sorted(idle, key=lambda other: other is spare):
+        for other in sorted(idle, key=lambda other: other is source):
             _empty(other)
-            if self._fits(kv, length):
+            if fits():
                 return True
         self._prefixes.clear()
-        return self._fits(kv, length)
+        return fits()
 
-    def reserve(self, kv: SequenceKV, length: int) -> None:
+    def reserve(self, kv: Positions, length: int) -> None:
         """Room for ``length`` positions, giving up kept prefixes for it. Raises CapacityError."""
         self.make_room(kv, length)
         kv.reserve(length)
 
-    def copy(self, source: SequenceKV) -> SequenceKV:
+    def copy(self, source: KV) -> KV:
         """A sequence with the same positions. Raises CapacityError."""
         twin = self.new()
-        self.reserve(twin, source.length)
-        twin.copy_prefix(source, source.length)
+        self.take_over(twin, source, source.length)
         return twin
 
+    def take_over(self, kv: KV, source: KV, length: int, room: int = 0) -> None:
+        """``kv``, which is empty, becomes the first ``length`` positions of ``source`` (as many of
+        them as its draft context has too), with room for ``room``. Raises CapacityError."""
+        length = min(length, _complete(source))
+        self.make_room(kv, max(length, room), (), source, length)
+        kv.copy_prefix(source, length, room)
+
     def longest(
-        self, tokens: Sequence[int], live: Iterable[tuple[Sequence[int], SequenceKV]]
-    ) -> tuple[SequenceKV | None, int]:
+        self, tokens: Sequence[int], live: Iterable[tuple[Sequence[int], KV]]
+    ) -> tuple[KV | None, int]:
         """The kept or live sequence that has most of ``tokens`` already, and how many of them.
 
         The last token is computed in any case: its logits are what a step goes on from.
@@ -92,10 +101,9 @@ class SequencePool:
         shared = min(shared, len(tokens) - 1)
         return (source, shared) if shared > 0 else (None, 0)
 
-    def retire(self, tokens: Sequence[int], kv: SequenceKV) -> None:
+    def retire(self, tokens: Sequence[int], kv: KV) -> None:
         """A session is over: keep the sequence for its beginning while there is room."""
-        if kv.draft is not None and kv.draft.length < kv.length:
-            kv.truncate(kv.draft.length)  # a hit must find both contexts
+        kv.truncate(_complete(kv))  # a hit must find both contexts
         self._prefixes.keep(tokens, kv)
 
     def check_fits(self, length: int) -> None:
@@ -110,13 +118,28 @@ class SequencePool:
         """Give up all kept prefixes."""
         self._prefixes.clear()
 
-    def _fits(self, kv: SequenceKV, length: int) -> bool:
-        return self._budget.fits(kv.capacity_bytes_for(length))
+    def _fits(self, kv: Positions, length: int, source: KV | None, shared: int) -> bool:
+        # Making room may have cost the source itself; then there is nothing to take over.
+        if source is None or source.length < shared:
+            return self._budget.fits(kv.capacity_bytes_for(length))
+        return self._budget.fits(kv.capacity_bytes_for(length, source, shared))
+
+    def _would_fit(
+        self, kv: Positions, length: int, given_up: Sequence[KV], source: KV | None, shared: int
+    ) -> bool:
+        needed = kv.capacity_bytes_for(length, source, shared)
+        return self._budget.fits(needed - self._storage.reclaimable_bytes(given_up))
 
     def _fits_alone(self, length: int) -> bool:
         return self.new().capacity_bytes_for(length) <= self._budget.limit_bytes
 
 
-def _empty(kv: SequenceKV) -> None:
+def _complete(kv: KV) -> int:
+    """Positions that the target's and the draft context both hold: a drafter that failed leaves
+    its own behind."""
+    return kv.length if kv.draft is None else min(kv.length, kv.draft.length)
+
+
+def _empty(kv: KV) -> None:
     kv.truncate(0)
     kv.trim()

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from dspark_backend.kv.contiguous import SequenceKV
 from dspark_backend.kv.retention import reuse_in
+from dspark_backend.kv.sequence import KV
 
 _CHUNK = 64
 
@@ -26,7 +26,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 @dataclass(slots=True)
 class _Kept:
-    kv: SequenceKV
+    kv: KV
     last_used: float
     hits: int = 0
 
@@ -44,7 +44,7 @@ class PrefixCache:
         self._kept: dict[tuple[int, ...], _Kept] = {}
         self._held_bytes = 0
 
-    def keep(self, tokens: Sequence[int], kv: SequenceKV) -> None:
+    def keep(self, tokens: Sequence[int], kv: KV) -> None:
         """Take over ``kv``, whose positions hold ``tokens``; this cache closes it."""
         key = tuple(tokens[: kv.length])
         if key in self._kept:
@@ -59,13 +59,13 @@ class PrefixCache:
             self.evict()
 
     def longest(
-        self, tokens: Sequence[int], live: Iterable[tuple[Sequence[int], SequenceKV]]
-    ) -> tuple[SequenceKV | None, int]:
+        self, tokens: Sequence[int], live: Iterable[tuple[Sequence[int], KV]]
+    ) -> tuple[KV | None, int]:
         """The sequence, kept or live, that shares most with ``tokens``, and how much of its KV.
 
         Tokens are compared, not hashes: a hit is a fact.
         """
-        best: SequenceKV | None = None
+        best: KV | None = None
         shared = 0
         for log, kv in live:
             if kv.length > shared:
@@ -83,7 +83,7 @@ class PrefixCache:
             hit.last_used = self._clock()
         return best, shared
 
-    def evict(self, spare: SequenceKV | None = None) -> bool:
+    def evict(self, spare: KV | None = None) -> bool:
         """Close the sequence that is wanted last, ``spare`` excepted; False when there is none."""
         now = self._clock()
         last = max(
@@ -98,6 +98,11 @@ class PrefixCache:
         self._held_bytes -= kept.kv.held_bytes
         kept.kv.close()
         return True
+
+    @property
+    def kept(self) -> list[KV]:
+        """The kept sequences."""
+        return [entry.kv for entry in self._kept.values()]
 
     @property
     def held_bytes(self) -> int:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
+from torch import Tensor
 
-from dspark_backend.kv.contiguous import KVShape, SequenceKV
+from dspark_backend.kv.budget import KVShape
+from dspark_backend.kv.sequence import Positions
 from dspark_backend.speculation.distribution import Distribution
 from dspark_backend.speculation.guide import Guide
 
@@ -24,7 +24,7 @@ class Anchor:
     drafted. ``guide`` decides about those; without one, each is the most likely token.
     """
 
-    context: SequenceKV
+    context: Positions
     token: int
     known: tuple[int, ...] = ()
     guide: Guide | None = None
@@ -80,8 +80,8 @@ class Drafter(Protocol):
     def context_shape(self) -> KVShape:
         """What a position of its context takes up."""
 
-    def extend(self, context: SequenceKV, features: NDArray[np.float32]) -> None:
-        """Append ``features`` [n, len(taps) * d] of the next n committed positions; room is
+    def extend(self, context: Positions, features: Tensor) -> None:
+        """Append ``features`` float32 [n, len(taps) * d] of the next n committed positions; room is
         reserved. Sets ``context.length``."""
 
     def propose(self, anchors: Sequence[Anchor]) -> list[Proposal]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dspark_backend.kv.contiguous import SequenceKV
+from dspark_backend.kv.sequence import KV
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,7 @@ class Rows:
     committing is the caller's. ``logits`` says of how many of the last rows logits are wanted.
     """
 
-    kv: SequenceKV
+    kv: KV
     tokens: Sequence[int]
     logits: int
 

@@ -18,9 +18,11 @@ from dspark_backend.kernels.attention.cpu import attend
 from dspark_backend.kernels.norm.cpu import add_rms_norm, rms_norm
 from dspark_backend.kernels.rope.cpu import rope_append
 from dspark_backend.kernels.swiglu.cpu import silu_mul
-from dspark_backend.kv.contiguous import KVShape
+from dspark_backend.kv.budget import KVShape
+from dspark_backend.kv.contiguous import ContiguousStorage, contiguous
 from dspark_backend.target.batch import Batch
 from dspark_backend.target.linear import Linear
+from dspark_backend.target.protocol import Pass
 from dspark_backend.target.rope import tables
 
 NO_WEIGHT = np.zeros(0, np.float32)
@@ -48,19 +50,6 @@ class Weights:
     layers: Sequence[Layer]
     norm: NDArray[np.float32]
     head: Linear
-
-
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """What one pass gave.
-
-    ``logits`` float32 [sum of wanted rows, V], in batch order. ``features`` float32
-    [R, len(taps) * d]: the residual stream of every row after the tapped layers, side by side
-    (DSPARK.md section 2; tap -1 is the embedding), or [R, 0] without taps.
-    """
-
-    logits: torch.Tensor
-    features: NDArray[np.float32]
 
 
 class _Workspace:
@@ -93,16 +82,17 @@ class Decoder:
         self._cos, self._sin = tables(config, max_positions)
         self._workspaces: dict[int, _Workspace] = {}
 
-    def forward(self, batch: Batch, taps: Collection[int] = ()) -> Pass:
-        """Run the rows of ``batch``; writes their keys and values, commits nothing.
+    def storage(self, draft: KVShape | None, limit_bytes: int) -> ContiguousStorage:
+        """As :meth:`Target.storage`."""
+        return ContiguousStorage(self.kv_shape, draft, limit_bytes)
 
-        ``taps`` are layer ids in ascending order; the last layer is not one of them, since what
-        follows it is the final norm. A row's results do not depend on the rest of the batch.
-        """
+    def forward(self, batch: Batch, taps: Collection[int] = ()) -> Pass:
+        """As :meth:`Target.forward`."""
         config, weights = self.config, self._weights
         work = self._workspace(batch.rows)
         token_ids = torch.tensor([t for rows in batch.sequences for t in rows.tokens])
         x = weights.embedding[token_ids].float().numpy()
+        sequences = [contiguous(rows.kv) for rows in batch.sequences]
         spans, positions = self._spans(batch)
         features = np.empty((batch.rows, len(taps) * config.hidden_size), np.float32)
         column = self._tap(features, 0, x, -1 in taps)
@@ -112,8 +102,8 @@ class Decoder:
             if index == 0:
                 rms_norm(x, layer.input_norm, eps, work.normed)
             layer.qkv(work.normed, work.qkv)
-            for (first, last), rows in zip(spans, batch.sequences, strict=True):
-                keys, values = rows.kv.keys[index], rows.kv.values[index]
+            for (first, last), kv in zip(spans, sequences, strict=True):
+                keys, values = kv.keys[index], kv.values[index]
                 at, q = positions[first:last], work.q[first:last]
                 rope_append(
                     work.qkv[first:last], at, self._cos, self._sin,
@@ -129,7 +119,10 @@ class Decoder:
             following = weights.norm if is_last else weights.layers[index + 1].input_norm
             add_rms_norm(x, work.delta, following, eps, work.normed)
             column = self._tap(features, column, x, index in taps)
-        return Pass(self._logits(batch, spans, work.normed), features)
+        return Pass(self._logits(batch, spans, work.normed), torch.from_numpy(features))
+
+    def wait(self) -> None:
+        """A pass is over when :meth:`forward` returns."""
 
     def _tap(
         self, features: NDArray[np.float32], column: int, x: NDArray[np.float32], wanted: bool

@@ -18,7 +18,6 @@ from dspark_backend.catalog.files import ModelFiles
 from dspark_backend.kernels import jit
 from dspark_backend.kernels.mass import mass_outside
 from dspark_backend.kernels.norm.cpu import rms_norm
-from dspark_backend.kv.contiguous import KVBudget, SequenceKV
 from dspark_backend.target.batch import Batch, Rows
 from dspark_backend.target.load import load_decoder
 from dspark_backend.target.precision import Precision
@@ -79,12 +78,13 @@ class DecoderFeatures:
         self._norm = files.tensors().get("model.norm.weight").float().numpy()
         self._d2t = d2t
         self._threads = threads
-        self._budget = KVBudget(2 * max_tokens * self._decoder.kv_shape.bytes_per_token)
+        room = 2 * max_tokens * self._decoder.kv_shape.bytes_per_token
+        self._storage = self._decoder.storage(None, room)
 
     def example(self, rollout: Rollout) -> Example:
         """Run the target over the rollout in chunks of 256 rows, as the engine prefills."""
         tokens, first = rollout.tokens, len(rollout.prompt)
-        kv = SequenceKV(self._decoder.kv_shape, self._budget)
+        kv = self._storage.new()
         features, outside, greedy = [], [], []
         threads = torch.get_num_threads()
         try:
@@ -98,7 +98,7 @@ class DecoderFeatures:
                 with jit.threads(self._threads):
                     result = self._decoder.forward(Batch([Rows(kv, piece, wanted)]), self._taps)
                 kv.length = end
-                features.append(torch.from_numpy(result.features))
+                features.append(result.features)
                 outside.append(outside_mass(result.logits, self._d2t))
                 greedy.append(torch.from_numpy(result.logits.numpy().argmax(axis=-1)))
         finally:

@@ -17,7 +17,8 @@ from dspark_backend.drafter.calibration import Calibration
 from dspark_backend.drafter.checkpoint import Storage, open_drafter, write_drafter
 from dspark_backend.drafter.drafter import DSparkDrafter
 from dspark_backend.kernels.linear.reference import quantise_weight
-from dspark_backend.kv.contiguous import KVBudget, SequenceKV
+from dspark_backend.kv.budget import KVBudget
+from dspark_backend.kv.contiguous import SequenceKV
 from dspark_backend.speculation.protocol import Anchor
 from dspark_backend.target.precision import Precision
 
@@ -74,7 +75,7 @@ class Ready:
         context = SequenceKV(self.drafter.context_shape, self._budget)
         context.reserve(max(1, len(features)))
         for piece in features.tensor_split(pieces):
-            self.drafter.extend(context, piece.numpy())
+            self.drafter.extend(context, piece)
         return context
 
 
@@ -153,7 +154,7 @@ def test_a_rolled_back_context_drafts_as_if_it_had_never_gone_on(
     context.truncate(21)
     fresh = it.context(features[:21])
     assert it.drafter.propose([Anchor(context, 9)]) == it.drafter.propose([Anchor(fresh, 9)])
-    it.drafter.extend(context, features[21:].numpy())
+    it.drafter.extend(context, features[21:])
     whole = it.context(features)
     assert it.drafter.propose([Anchor(context, 9)]) == it.drafter.propose([Anchor(whole, 9)])
 
@@ -175,5 +176,5 @@ def test_positions_without_room_are_refused(ready: Callable[..., Ready]) -> None
     it = ready(family="llama")
     context = SequenceKV(it.drafter.context_shape, KVBudget(2**28))
     with pytest.raises(ValueError, match="no room for 4"):
-        it.drafter.extend(context, it.features(4).numpy())
+        it.drafter.extend(context, it.features(4))
     assert it.drafter.propose([]) == []

@@ -17,7 +17,8 @@ from dspark_backend.drafter.drafter import DSparkDrafter
 from dspark_backend.engine import Engine
 from dspark_backend.grammar.compile import Grammar, GrammarCompiler
 from dspark_backend.kernels.linear.reference import quantise_weight
-from dspark_backend.kv.contiguous import KVBudget, SequenceKV
+from dspark_backend.kv.budget import KVBudget
+from dspark_backend.kv.contiguous import SequenceKV
 from dspark_backend.request import AcceptanceRule, ForcedMode, SamplingParams, StepRequest
 from dspark_backend.speculation.guide import ChainGuide, Likeliest
 from dspark_backend.speculation.policies import Fixed, Threshold
@@ -54,7 +55,7 @@ class Ready:
         self.features = random.features(23).bfloat16().float()
         self.context = SequenceKV(self.drafter.context_shape, KVBudget(2**28))
         self.context.reserve(len(self.features))
-        self.drafter.extend(self.context, self.features.numpy())
+        self.drafter.extend(self.context, self.features)
         tokenizer = target.tokenizer()
         self.grammar: Grammar = GrammarCompiler(tokenizer, vocab_size=512).compile_lark(CALL)
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from dspark_backend.catalog.files import ModelFiles, open_checkpoint
 from dspark_backend.engine import Engine
 from dspark_backend.grammar.compile import Grammar, GrammarCompiler
-from dspark_backend.kv.contiguous import KVShape, SequenceKV
+from dspark_backend.kv.budget import KVShape
+from dspark_backend.kv.contiguous import SequenceKV
 from dspark_backend.sampling.choose import sample
 from dspark_backend.sampling.noise import Noise, Stream
 from dspark_backend.scheduler import Limits
@@ -87,7 +87,7 @@ class MarkovDrafter:
         self.seed = 0
         self.proposals: list[tuple[Anchor, Proposal]] = []
 
-    def extend(self, context: SequenceKV, features: NDArray[np.float32]) -> None:
+    def extend(self, context: SequenceKV, features: torch.Tensor) -> None:
         context.length += len(features)
 
     def propose(self, anchors: Sequence[Anchor]) -> list[Proposal]:

@@ -17,7 +17,8 @@ from dspark_backend.engine import Engine
 from dspark_backend.grammar.bitmask import is_allowed
 from dspark_backend.grammar.compile import Grammar
 from dspark_backend.grammar.matcher import Matcher
-from dspark_backend.kv.contiguous import KVBudget, SequenceKV
+from dspark_backend.kv.budget import KVBudget
+from dspark_backend.kv.contiguous import SequenceKV
 from dspark_backend.request import (
     AcceptanceRule,
     ForcedMode,
