@@ -44,6 +44,11 @@ class Sampler:
         self._processors = Processors(params, self._counts)
 
     @property
+    def params(self) -> SamplingParams:
+        """The step's own."""
+        return self._params
+
+    @property
     def vocab_size(self) -> int:
         """Width of the logits."""
         return self._vocab_size
@@ -140,6 +145,22 @@ class Sampler:
         kept = self._processors.truncated(scored.at_least(float(np.finfo(np.float32).min)))
         noise = Noise(self._params.seed, Stream.DRAFT, anchor, slot)
         return coupled_choice(kept, noise), Distribution(kept.token_ids(), _softmax(kept))
+
+    def counted(self, drafts: Sequence[int]) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """What the penalties see at each row of a block of ``drafts``: token ids, and how often
+        this step's output holds each; of nothing where no penalty is on."""
+        rows = []
+        for draft in (*drafts, None):
+            if self._counts is None:
+                rows.append((np.zeros(0, np.int64), np.zeros(0, np.float32)))
+                continue
+            rows.append((self._counts.ids.copy(), self._counts.counts.copy()))
+            if draft is not None:
+                self._counts.push(draft)
+        if self._counts is not None:
+            for _ in drafts:
+                self._counts.pop()
+        return rows
 
     def probabilities(self, logits: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """p' of the token that comes next, ``[V] float64``; a single 1 when greedy.
