@@ -10,13 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from dspark_backend.drafter.calibration import Calibration
+from dspark_backend.drafter.chain import SOURCE, Chain
 from dspark_backend.drafter.config import DrafterConfig, HeadType
 from dspark_backend.drafter.weights import DraftWeights, SequentialWeights
-from dspark_backend.speculation.guide import Slot
 from dspark_backend.speculation.protocol import Anchor, Proposal
 from dspark_backend.speculation.vocabulary import DraftVocabulary
-
-SOURCE = "dspark"
 
 Rows = NDArray[np.float32]
 
@@ -48,7 +46,7 @@ class SequentialStage:
             if weights.sequential is None
             else _MarkovHead(weights.sequential, self._config.head)
         )
-        chains = {i: _Chain(a) for i, a in enumerate(anchors) if a.known or a.guide is not None}
+        chains = {i: Chain(a) for i, a in enumerate(anchors) if a.known or a.guide is not None}
         drafts = np.empty((sessions, size), np.int64)
         sure = np.ones((sessions, size))
         token = np.array([anchor.token for anchor in anchors])
@@ -84,50 +82,6 @@ class SequentialStage:
         # Row by row in float64: a matrix product could change bits with the number of rows.
         logits = np.array([float((row.astype(np.float64) * weights.confidence).sum()) for row in x])
         return self._calibration.confidence(slot, logits + weights.confidence_bias)
-
-
-class _Chain:
-    """The slots of an anchor with known tokens or a guide."""
-
-    def __init__(self, anchor: Anchor) -> None:
-        self._known = anchor.known
-        self._guide = anchor.guide
-        self._slots: list[Slot] = []
-        self._ended = False
-
-    def take(
-        self,
-        k: int,
-        logits: Rows,
-        likeliest: int,
-        confidence: float,
-        vocabulary: DraftVocabulary,
-    ) -> tuple[int, float]:
-        """What slot k holds, and c_k."""
-        if k < len(self._known):
-            return self._known[k], 1.0
-        if self._guide is None or self._ended:
-            return likeliest, confidence
-        slot = self._guide.choose(logits, vocabulary)
-        if slot is None:
-            self._ended = True
-            return likeliest, confidence
-        self._slots.append(slot)
-        return slot.token, slot.confidence(confidence)
-
-    def proposal(self, drafts: NDArray[np.int64], survival: NDArray[np.float64]) -> Proposal:
-        """``drafts`` and ``survival`` [g] of the whole block."""
-        first, slots = len(self._known), self._slots
-        last = len(drafts) if self._guide is None else first + len(slots)
-        drawn = tuple(slot.distribution for slot in slots)
-        return Proposal(
-            tuple(drafts[first:last].tolist()),
-            tuple(survival[first:last].tolist()),
-            SOURCE,
-            mask_width=tuple(slot.mask_width for slot in slots),
-            forced=tuple(slot.forced for slot in slots),
-            distributions=drawn if any(q is not None for q in drawn) else (),
-        )
 
 
 class _MarkovHead:
