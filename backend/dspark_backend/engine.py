@@ -16,8 +16,7 @@ from dspark_backend.catalog import ModelFiles, ProgressSink, resolve
 from dspark_backend.catalog.files import folder_identity
 from dspark_backend.checkpoint.config import TargetConfig
 from dspark_backend.cost_measure import kept_or_measured
-from dspark_backend.drafter.drafter import DSparkDrafter
-from dspark_backend.drafter.shipped import shipped_drafter
+from dspark_backend.devices import gpu
 from dspark_backend.errors import (
     ContextLengthError,
     EngineClosedError,
@@ -32,10 +31,10 @@ from dspark_backend.kernels.apart import apart
 from dspark_backend.kv.pool import SequencePool
 from dspark_backend.kv.sequence import KV
 from dspark_backend.loop import StepLoop
+from dspark_backend.parts import Parts, cpu_parts, device_parts, drafter_folder
 from dspark_backend.rehearsal import compile_kernels
 from dspark_backend.request import StepOutcome, StepRequest, Urgency
 from dspark_backend.running import RunningStep
-from dspark_backend.sampling.verifier import HostVerifier, Verifier
 from dspark_backend.scheduler import Limits
 from dspark_backend.session import Session
 from dspark_backend.speculation.arbiter import Arbiter
@@ -44,12 +43,8 @@ from dspark_backend.speculation.cost import CostModel
 from dspark_backend.speculation.cost_store import check_conditions, conditions_here, forget
 from dspark_backend.speculation.memory import Memories, Memory
 from dspark_backend.speculation.policies import Fixed, named
-from dspark_backend.speculation.protocol import Drafter
 from dspark_backend.speculation.signals import Signals
 from dspark_backend.speculation.step_aware import StepAware
-from dspark_backend.target.load import load_decoder
-from dspark_backend.target.precision import Precision, default_precision
-from dspark_backend.target.protocol import Target
 
 if TYPE_CHECKING:
     from dspark_backend.grammar.spec import TurnSpec
@@ -67,41 +62,38 @@ class Engine:
     def __init__(
         self,
         files: ModelFiles,
-        decoder: Target,
-        precision: Precision,
+        parts: Parts,
         threads: int,
         kv_bytes: int,
         limits: Limits,
-        drafter: Drafter | None = None,
         policy: BudgetPolicy | None = None,
         cost: CostModel | None = None,
         signals: Signals | None = None,
-        verifier: Verifier | None = None,
     ) -> None:
-        """``drafter`` or ``cost`` turn speculation on: ``cost`` is what passes and drafts take on
+        """A drafter or ``cost`` turn speculation on: ``cost`` is what passes and drafts take on
         this machine, so that copies and drafts are verified as far as they pay. ``policy`` says how
         much that is, ``step_aware`` when left out, or whole blocks where no cost is known, in which
-        case nothing is copied either. ``signals`` is for ablations. ``verifier`` judges where the
-        target's logits lie, on the CPU when left out."""
+        case nothing is copied either. ``signals`` is for ablations."""
         self.files = files
         self.name = files.name
         self.config: TargetConfig = files.config
         self.tokenizer = files.tokenizer()
-        self.precision = precision
+        self.precision = parts.precision
+        drafter = parts.drafter
         self.threads = threads
-        self.max_context = decoder.max_positions
+        self.max_context = parts.target.max_positions
         self.speculative = drafter is not None or cost is not None
         self.cost = cost
         self.lock = threading.RLock()
         draft_shape = None if drafter is None else drafter.context_shape
-        self._pool = SequencePool(decoder.storage(draft_shape, kv_bytes))
+        self._pool = SequencePool(parts.target.storage(draft_shape, kv_bytes))
         size = 0 if drafter is None else drafter.block_size
         usual = Fixed(size) if cost is None else StepAware(block_size=size or 8)
         signals = signals or Signals(copies=cost is not None)
         arbiter = Arbiter(size, policy or usual, cost, signals)
         self._loop = StepLoop(
-            decoder,
-            verifier or HostVerifier(),
+            parts.target,
+            parts.verifier,
             self._pool,
             threads,
             limits,
@@ -126,6 +118,7 @@ class Engine:
         cls,
         model: str | Path,
         *,
+        device: str | None = None,
         precision: str | None = None,
         threads: int | None = None,
         max_context: int | None = None,
@@ -140,12 +133,14 @@ class Engine:
     ) -> Engine:
         """Fetch (if needed), map and start a model.
 
-        ``model``: a known name, a local folder or GGUF file, or a hub id. ``precision``: ``bf16``,
-        ``int8`` or ``int8x16``; None takes the model's default. ``threads``: None for all cores.
-        ``max_context``: tokens a session may hold, None for the model's own limit up to 8,192.
-        ``kv_bytes``: memory granted to keys and values of all sessions. ``speculation``: False
-        decodes plainly; else tokens are copied from the session's log, and drafted with ``drafter``
-        (a checkpoint folder) or the one that ships for this model, which True insists on.
+        ``model``: a known name, a local folder or GGUF file, or a hub id. ``device``: ``cpu``
+        (None), or ``cuda`` or ``cuda:N`` for a GPU. ``precision``: ``bf16``, ``fp32`` or, on the
+        CPU, ``int8`` or ``int8x16``; None takes the model's default. ``threads``: None for all
+        cores. ``max_context``: tokens a session may hold, None for the model's own limit up to
+        8,192. ``kv_bytes``: memory granted to keys and values of all sessions; a GPU's is taken at
+        once. ``speculation``: False decodes plainly; else tokens are copied from the session's log,
+        and drafted with ``drafter`` (a checkpoint folder) or the one that ships for this model,
+        which True insists on.
         ``policy`` says how much of a proposal is verified: a name such as ``step_aware`` (the
         default), ``fixed-4`` or ``plain``, see :func:`~dspark_backend.speculation.policies.named`.
         ``signals`` turns parts of the scheduler off, for ablations. ``cost`` foresees the seconds
@@ -155,41 +150,41 @@ class Engine:
         Raises:
             ModelNotFoundError, DownloadError, ModelFormatError: no such model, no way to get it,
                 or not one that this engine runs.
-            RequestError: an unknown precision, a number out of range, speculation without a
-                drafter, or a cost that was measured under other conditions than these.
+            DeviceError: no such GPU here, or not one that the engine's kernels run on.
+            CapacityError: the GPU has no memory of ``kv_bytes``.
+            RequestError: an unknown device or precision, a number out of range, speculation without
+                a drafter, or a cost that was measured under other conditions than these.
         """
 
         def build() -> Engine:
+            place = gpu(device)
             files = resolve(str(model), progress=progress)
-            chosen = (
-                default_precision(files.name) if precision is None else Precision.parse(precision)
-            )
             longest = files.config.max_position_embeddings
             context = min(longest, DEFAULT_CONTEXT) if max_context is None else max_context
             if not 1 <= context <= longest:
                 raise RequestError(
                     f"max_context {context} is out of range: {files.name} was trained for {longest}"
                 )
-            workers = jit.default_threads() if threads is None else threads
-            if workers < 1:
-                raise RequestError(f"threads must be at least 1, not {workers}")
-            decoder = load_decoder(files, chosen, context, progress)
-            folder = _drafter_folder(files, speculation, drafter)
-            drafting = None if folder is None else DSparkDrafter.load(folder, files, context)
+            workers = _workers(threads)
+            folder = drafter_folder(files, speculation, drafter)
+            parts = (
+                cpu_parts(files, precision, context, folder, progress)
+                if place is None
+                else device_parts(files, precision, context, folder, place)
+            )
             identity = None if folder is None else folder_identity(folder)
-            compile_kernels(decoder, drafting, workers)
-            conditions = conditions_here(files.source_sha, chosen.value, workers, identity)
+            compile_kernels(parts.target, parts.drafter, workers)
+            conditions = conditions_here(
+                files.source_sha, parts.precision.value, workers, identity, parts.hardware
+            )
             known = cost
             if known is not None:
                 check_conditions(known.table, conditions)
             elif speculation is not False:
-                known = kept_or_measured(decoder, drafting, conditions)
-            size = 0 if drafting is None else drafting.block_size
-            budget = named(policy, size or 8) if isinstance(policy, str) else policy
-            bounds = limits or Limits()
-            return cls(
-                files, decoder, chosen, workers, kv_bytes, bounds, drafting, budget, known, signals
-            )
+                known = kept_or_measured(parts.target, parts.drafter, conditions)
+            size = 8 if parts.drafter is None else parts.drafter.block_size
+            budget = named(policy, size) if isinstance(policy, str) else policy
+            return cls(files, parts, workers, kv_bytes, limits or Limits(), budget, known, signals)
 
         return apart(build)
 
@@ -385,19 +380,11 @@ class Engine:
             )
 
 
-def _drafter_folder(
-    files: ModelFiles, speculation: bool | None, folder: str | Path | None
-) -> Path | None:
-    """Where the drafter to use is; None for plain decoding."""
-    if speculation is False:
-        return None
-    found = shipped_drafter(files.name) if folder is None else Path(folder)
-    if found is None and speculation:
-        raise RequestError(
-            f"no drafter ships for {files.name}: name a drafter's folder, or load with "
-            "speculation=None to decode plainly where there is none"
-        )
-    return found
+def _workers(threads: int | None) -> int:
+    workers = jit.default_threads() if threads is None else threads
+    if workers < 1:
+        raise RequestError(f"threads must be at least 1, not {workers}")
+    return workers
 
 
 def _words(vocab_size: int) -> int:

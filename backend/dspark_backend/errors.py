@@ -19,6 +19,10 @@ class DownloadError(BackendError):
     """A model file could not be fetched, or did not match its checksum."""
 
 
+class DeviceError(BackendError):
+    """The device that was asked for is not there, or the engine's kernels do not run on it."""
+
+
 class ModelFormatError(BackendError):
     """A weight file, config or tokenizer is damaged, hostile, or of an unsupported family."""
 

@@ -25,7 +25,9 @@ ModelOption = Annotated[
 ]
 PrecisionOption = Annotated[
     str | None,
-    typer.Option("--precision", help="bf16, int8 or int8x16; the measured best when left out."),
+    typer.Option(
+        "--precision", help="bf16, fp32, int8 or int8x16; the measured best when left out."
+    ),
 ]
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads of the engine.")

@@ -16,7 +16,9 @@ from dspark_backend.engine import Engine
 from dspark_backend.grammar.compile import Grammar
 from dspark_backend.kv.budget import KVBudget, KVShape
 from dspark_backend.kv.contiguous import SequenceKV
+from dspark_backend.parts import Parts
 from dspark_backend.request import FinishReason, ForcedMode, SamplingParams, StepRequest
+from dspark_backend.sampling.verifier import HostVerifier
 from dspark_backend.scheduler import Limits
 from dspark_backend.speculation.block import FORCED, Offer, constrained
 from dspark_backend.speculation.candidate import BudgetPolicy
@@ -86,6 +88,10 @@ class ScriptedDrafter:
         return Proposal((), (), "script")
 
 
+def cpu(decoder: Decoder, drafter: ScriptedDrafter | None = None) -> Parts:
+    return Parts(decoder, HostVerifier(), drafter, Precision.INT8)
+
+
 @pytest.fixture(scope="module")
 def files(tiny_checkpoint: Callable[..., Path]) -> ModelFiles:
     return open_checkpoint("tiny", tiny_checkpoint("qwen3"))
@@ -94,7 +100,7 @@ def files(tiny_checkpoint: Callable[..., Path]) -> ModelFiles:
 @pytest.fixture(scope="module")
 def plain(files: ModelFiles) -> Iterator[Engine]:
     decoder = load_decoder(files, Precision.INT8, 512)
-    with Engine(files, decoder, Precision.INT8, 1, 2**28, Limits()) as engine:
+    with Engine(files, cpu(decoder), 1, 2**28, Limits()) as engine:
         yield engine
 
 
@@ -102,9 +108,8 @@ class Speculative:
     def __init__(self, files: ModelFiles, policy: BudgetPolicy | None = None) -> None:
         decoder = load_decoder(files, Precision.INT8, 512)
         self.drafter = ScriptedDrafter(load_decoder(files, Precision.INT8, 512))
-        self.engine = Engine(
-            files, decoder, Precision.INT8, 1, 2**28, Limits(), self.drafter, policy
-        )
+        parts = cpu(decoder, self.drafter)
+        self.engine = Engine(files, parts, 1, 2**28, Limits(), policy)
 
 
 @pytest.fixture

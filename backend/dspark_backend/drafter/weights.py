@@ -1,4 +1,4 @@
-"""A drafter's weights as the CPU runs them: int8 through the target's kernels, or bfloat16."""
+"""A drafter's weights as the CPU runs them: int8 by the target's kernels, or floating point."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dspark_backend.drafter.config import HeadType
 from dspark_backend.drafter.layout import EMBEDDING, LM_HEAD
 from dspark_backend.kernels.linear.panels import pack
 from dspark_backend.kernels.linear.reference import quantise_weight
-from dspark_backend.target.linear import Bf16Linear, Int8Linear, Linear
+from dspark_backend.target.linear import Int8Linear, Linear, TorchLinear
 from dspark_backend.target.precision import Precision
 
 _NONE = np.zeros(0, np.float32)
@@ -88,7 +88,7 @@ def load_weights(files: DrafterFiles, target: ModelFiles, precision: Precision) 
         )
     return DraftWeights(
         embedding=embedding,
-        fc=Bf16Linear(files.get("fc.weight").bfloat16(), None),
+        fc=TorchLinear(files.get("fc.weight").bfloat16(), None),
         hidden_norm=files.get("hidden_norm.weight").numpy(),
         layers=tuple(_layer(files, i, make) for i in range(config.shape.num_layers)),
         norm=files.get("norm.weight").numpy(),
@@ -143,8 +143,9 @@ def _inner(files: DrafterFiles, make: _Make) -> Linear | None:
 
 
 def _maker(precision: Precision) -> _Make:
-    def bf16(weight: Tensor, bias: Tensor | None) -> Linear:
-        return Bf16Linear(weight.bfloat16(), bias)
+    def floating(weight: Tensor, bias: Tensor | None) -> Linear:
+        dtype = torch.bfloat16 if precision is Precision.BF16 else torch.float32
+        return TorchLinear(weight.to(dtype), bias)
 
     def int8(weight: Tensor, bias: Tensor | None) -> Linear:
         q, scale = quantise_weight(weight)
@@ -154,8 +155,8 @@ def _maker(precision: Precision) -> _Make:
         return Int8Linear(pack(q).numpy(), scale.numpy(), sums.numpy(), added, planes)
 
     match precision:
-        case Precision.BF16:
-            return bf16
+        case Precision.BF16 | Precision.FP32:
+            return floating
         case Precision.INT8 | Precision.INT8X16:
             return int8
         case _:

@@ -23,15 +23,21 @@ from dspark_backend.speculation.cost_table import SCHEMA_VERSION, Conditions, Co
 _log = logging.getLogger(__name__)
 
 # What brings the kernels: another version of one of these may run at another speed.
-_SOFTWARE = ("dspark-agent", "torch", "numba")
+_SOFTWARE = ("dspark-agent", "torch", "numba", "triton")
 
 
 def conditions_here(
-    model: str, precision: str, threads: int, drafter: str | None = None
+    model: str,
+    precision: str,
+    threads: int,
+    drafter: str | None = None,
+    gpu: str | None = None,
 ) -> Conditions:
     """The conditions on this machine. ``model`` and ``drafter`` are identities of files
-    (``ModelFiles.source_sha``, ``folder_identity``)."""
+    (``ModelFiles.source_sha``, ``folder_identity``); ``gpu`` is the name of the one that computes,
+    None where the CPU does."""
     cpu, flags = processor()
+    cpu = cpu if gpu is None else f"{cpu} with {gpu}"
     return Conditions(
         cpu=cpu,
         cpu_flags=flags,

@@ -21,7 +21,7 @@ from dspark_backend.kernels.rope.triton import Rotation
 from dspark_backend.kernels.swiglu.triton import silu_mul
 from dspark_backend.kv.budget import KVShape
 from dspark_backend.kv.paged import PagedStorage, paged
-from dspark_backend.target.batch import Batch, Rows
+from dspark_backend.target.batch import Batch
 from dspark_backend.target.device_linear import DeviceLinear
 from dspark_backend.target.paged_rows import PagedRows, Span
 from dspark_backend.target.protocol import Pass
@@ -95,13 +95,6 @@ class DeviceDecoder:
                 tapped.append(x.clone())
         features = torch.cat(tapped, dim=1) if tapped else x.new_empty(len(x), 0)
         return Pass(weights.head(normed[rows.extra["wanted"]]), features)
-
-    def warm(self) -> None:
-        """Run one row through: compiles the kernels where this machine has not done so yet."""
-        kv = self.storage(None, 256 * self.kv_shape.bytes_per_token).new()
-        kv.reserve(1)
-        self.forward(Batch([Rows(kv, (0,), 1)]))
-        self.wait()
 
     def wait(self) -> None:
         """Return when the device has done all that was asked of it."""

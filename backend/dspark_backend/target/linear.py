@@ -1,4 +1,4 @@
-"""The two kinds of linear layer a target is made of: int8 weights, or bfloat16 as the reference."""
+"""The two kinds of linear layer a target is made of: int8 weights, or floating point by torch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dspark_backend.kernels.linear.cpu import linear_int8
 
 _NO_BIAS = np.zeros(0, np.float32)
 
-# The bits of torch's bfloat16 product depend on the number of rows, so it always gets this many.
-BF16_ROWS = 8
+# The bits of torch's products depend on the number of rows, so they always get this many.
+TORCH_ROWS = 8
 
 
 class Linear(Protocol):
@@ -45,19 +45,20 @@ class Int8Linear:
         linear_int8(x, self._weight, self._scale, self._sums, self._bias, self._planes, out)
 
 
-class Bf16Linear:
-    """bfloat16 weights and activations through torch, always :data:`BF16_ROWS` rows a call."""
+class TorchLinear:
+    """Weights and activations of one float dtype through torch, always :data:`TORCH_ROWS` rows a
+    call."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.channels = int(weight.shape[0])
         self._weight = weight
-        self._bias = None if bias is None else bias.bfloat16()
+        self._bias = None if bias is None else bias.to(weight.dtype)
 
     def __call__(self, x: NDArray[np.float32], out: NDArray[np.float32]) -> None:
         rows, result = torch.from_numpy(x), torch.from_numpy(out)
-        piece = torch.zeros((BF16_ROWS, x.shape[1]), dtype=torch.bfloat16)
-        for first in range(0, rows.shape[0], BF16_ROWS):
-            count = min(BF16_ROWS, rows.shape[0] - first)
+        piece = torch.zeros((TORCH_ROWS, x.shape[1]), dtype=self._weight.dtype)
+        for first in range(0, rows.shape[0], TORCH_ROWS):
+            count = min(TORCH_ROWS, rows.shape[0] - first)
             piece[:count] = rows[first : first + count]
             product = torch.nn.functional.linear(piece, self._weight, self._bias)
             result[first : first + count] = product[:count]

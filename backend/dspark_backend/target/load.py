@@ -13,7 +13,7 @@ from dspark_backend.checkpoint.config import TargetConfig
 from dspark_backend.checkpoint.progress import ProgressSink
 from dspark_backend.checkpoint.safetensors import TensorStore
 from dspark_backend.target.decoder import NO_WEIGHT, Decoder, Layer, Weights
-from dspark_backend.target.linear import Bf16Linear, Int8Linear, Linear
+from dspark_backend.target.linear import Int8Linear, Linear, TorchLinear
 from dspark_backend.target.precision import Precision
 from dspark_backend.target.quantised import Fused, fused_linears, open_quantised
 
@@ -31,9 +31,10 @@ def load_decoder(
     """
     store = files.tensors()
     match precision:
-        case Precision.BF16:
+        case Precision.BF16 | Precision.FP32:
+            dtype = torch.bfloat16 if precision is Precision.BF16 else torch.float32
             linears: dict[str, Linear] = {
-                f.name: _bf16(store, f) for f in fused_linears(files.config)
+                f.name: _floating(store, f, dtype) for f in fused_linears(files.config)
             }
         case Precision.INT8 | Precision.INT8X16:
             quantised = open_quantised(files, progress)
@@ -80,11 +81,11 @@ def _int8(store: TensorStore, quantised: TensorStore, linear: Fused, planes: int
     )
 
 
-def _bf16(store: TensorStore, linear: Fused) -> Bf16Linear:
-    parts = [store.get(part).bfloat16() for part in linear.parts]
+def _floating(store: TensorStore, linear: Fused, dtype: torch.dtype) -> TorchLinear:
+    parts = [store.get(part).to(dtype) for part in linear.parts]
     bias = _bias(store, linear)
     weight = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return Bf16Linear(weight, None if bias is None else torch.from_numpy(bias))
+    return TorchLinear(weight, None if bias is None else torch.from_numpy(bias))
 
 
 def _bias(store: TensorStore, linear: Fused) -> NDArray[np.float32] | None:

@@ -8,10 +8,12 @@ from dspark_backend.errors import RequestError
 
 
 class Precision(StrEnum):
-    """``bf16`` is the reference. ``int8`` has int8 weights per output channel; its activations are
-    8-bit per row (``int8``) or 16-bit per row (``int8x16``), both with exact integer sums."""
+    """``bf16`` is the reference; ``fp32`` computes in float32 throughout. ``int8`` has int8 weights
+    per output channel; its activations are 8-bit per row (``int8``) or 16-bit per row
+    (``int8x16``), both with exact integer sums."""
 
     BF16 = "bf16"
+    FP32 = "fp32"
     INT8 = "int8"
     INT8X16 = "int8x16"
 

@@ -68,6 +68,7 @@ class DSparkModel(Model):
 
     Args:
         model: a known name, a local folder or GGUF file, or a hub id.
+        device: ``cpu`` (None), or ``cuda`` or ``cuda:N`` for a GPU.
         precision: as :meth:`Engine.load`; None takes what suits the model.
         threads: of the forward pass; None takes all cores.
         max_context: tokens a conversation may hold; None takes the engine's default.
@@ -83,6 +84,7 @@ class DSparkModel(Model):
         self,
         model: str,
         *,
+        device: str | None = None,
         precision: str | None = None,
         threads: int | None = None,
         max_context: int | None = None,
@@ -94,6 +96,7 @@ class DSparkModel(Model):
         self.settings = settings
         self._name = model
         options = {
+            "device": device,
             "precision": precision,
             "threads": threads,
             "max_context": max_context,
@@ -114,7 +117,8 @@ class DSparkModel(Model):
 
         Raises:
             ModelNotFoundError: no such model, or no source of it can be reached.
-            ModelError: its files are damaged or of an unsupported family.
+            ModelError: its files are damaged or of an unsupported family, or the device is not
+                there.
         """
         if self._engine is not None:
             return self._engine

@@ -18,8 +18,10 @@ from dspark_backend.engine import Engine
 from dspark_backend.grammar.compile import Grammar, GrammarCompiler
 from dspark_backend.kv.budget import KVShape
 from dspark_backend.kv.contiguous import SequenceKV
+from dspark_backend.parts import Parts
 from dspark_backend.sampling.choose import sample
 from dspark_backend.sampling.noise import Noise, Stream
+from dspark_backend.sampling.verifier import HostVerifier
 from dspark_backend.scheduler import Limits
 from dspark_backend.speculation.candidate import BudgetPolicy
 from dspark_backend.speculation.distribution import Distribution
@@ -146,9 +148,8 @@ def speculative(tiny_files: ModelFiles) -> Iterator[MakeEngine]:
         decoder = load_decoder(tiny_files, Precision.INT8, 512)
         drafter = MarkovDrafter(**options)
         limits = Limits(running=1 if options else 64)
-        opened.append(
-            Engine(tiny_files, decoder, Precision.INT8, 1, 2**28, limits, drafter, policy)
-        )
+        parts = Parts(decoder, HostVerifier(), drafter, Precision.INT8)
+        opened.append(Engine(tiny_files, parts, 1, 2**28, limits, policy))
         return opened[-1], drafter
 
     yield load

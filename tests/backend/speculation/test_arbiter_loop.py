@@ -11,7 +11,9 @@ import pytest
 from dspark_backend.catalog import ModelFiles
 from dspark_backend.catalog.models import open_checkpoint
 from dspark_backend.engine import Engine
+from dspark_backend.parts import Parts
 from dspark_backend.request import ForcedMode, SamplingParams, StepOutcome, StepRequest
+from dspark_backend.sampling.verifier import HostVerifier
 from dspark_backend.scheduler import Limits
 from dspark_backend.speculation import arbiter as arbiters
 from dspark_backend.speculation.copy import CopyProposer
@@ -42,7 +44,8 @@ def files(tiny_checkpoint: Callable[..., Path]) -> ModelFiles:
 
 def engine(files: ModelFiles, *, cost: CostModel | None, **options: Any) -> Engine:
     decoder = load_decoder(files, Precision.INT8, 512)
-    return Engine(files, decoder, Precision.INT8, 1, 2**28, Limits(), cost=cost, **options)
+    parts = Parts(decoder, HostVerifier(), None, Precision.INT8)
+    return Engine(files, parts, 1, 2**28, Limits(), cost=cost, **options)
 
 
 @pytest.fixture(scope="module")

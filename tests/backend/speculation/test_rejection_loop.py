@@ -19,6 +19,7 @@ from dspark_backend.grammar.compile import Grammar
 from dspark_backend.grammar.matcher import Matcher
 from dspark_backend.kv.budget import KVBudget
 from dspark_backend.kv.contiguous import SequenceKV
+from dspark_backend.parts import Parts
 from dspark_backend.request import (
     AcceptanceRule,
     ForcedMode,
@@ -26,6 +27,7 @@ from dspark_backend.request import (
     StepRequest,
 )
 from dspark_backend.sampling import Sampler
+from dspark_backend.sampling.verifier import HostVerifier
 from dspark_backend.scheduler import Limits
 from dspark_backend.speculation.block import Block, Offer, constrained
 from dspark_backend.speculation.candidate import BudgetPolicy, Candidate, CycleCost
@@ -141,7 +143,8 @@ def test_plain_decoding_is_ordinary_sampling(
     tiny_files: ModelFiles, decoder: Decoder, sigmas: Sigmas
 ) -> None:
     step = request(3, PROCESSED)
-    with Engine(tiny_files, decoder, Precision.INT8, 1, 2**28, Limits()) as engine:
+    parts = Parts(decoder, HostVerifier(), None, Precision.INT8)
+    with Engine(tiny_files, parts, 1, 2**28, Limits()) as engine:
         assert sigmas(texts(engine, step), all_texts(decoder, step)) < 4.0
 
 
