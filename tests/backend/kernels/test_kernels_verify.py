@@ -187,12 +187,61 @@ def test_equal_logits_go_to_the_lowest_legal_id() -> None:
     assert check(replace(batch, masks=masks), 32) == ([1], [0])
 
 
-def test_rejection_follows_the_target() -> None:
+def over_columns(batch: Batch, dtype: torch.dtype) -> tuple[Batch, Batch]:
+    """The batch with q' over a third of the tokens, in columns of their own and spread over all;
+    most drafts are among them."""
+    assert batch.q is not None
+    vocab = batch.logits.shape[1]
+    g = torch.Generator().manual_seed(vocab)
+    ids = torch.randperm(vocab, generator=g)[: max(1, vocab // 3)]  # columns in any order
+    columns = torch.full((vocab,), -1, dtype=torch.int32)
+    columns[ids] = torch.arange(len(ids), dtype=torch.int32)
+    q = (batch.q.q[:, ids] / batch.q.q[:, ids].sum(dim=1, keepdim=True)).to(dtype)
+    spread = torch.zeros(len(q), vocab, dtype=dtype)
+    spread[:, ids] = q
+    among = ids[torch.randint(0, len(ids), (len(batch.drafts),), generator=g)]
+    drafts = torch.where(torch.rand(len(among), generator=g) < 0.8, among, batch.drafts).int()
+    of_row = batch.q.of_row
+    return (
+        replace(batch, drafts=drafts, q=DraftProbabilities(q, of_row, columns)),
+        replace(batch, drafts=drafts, q=DraftProbabilities(spread, of_row)),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("vocab", [1, 33, 500])
+def test_a_reduced_draft_vocabulary_is_the_whole_one_with_zeros(
+    vocab: int, dtype: torch.dtype
+) -> None:
+    rules = [Rule.REJECTION, Rule.COUPLED, Rule.REJECTION, Rule.REJECTION]
+    for seed in range(3):
+        batch = make_batch(rules, vocab, [4, 2, 0, 7], seed, masked=seed > 0)
+        reduced, spread = over_columns(batch, dtype)
+        assert check(reduced, 64) == check(spread, 64)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_float32_probabilities_are_taken_as_they_are(masked: bool) -> None:
+    batch = make_batch(Rule.REJECTION, 77, [2, 0, 5, 4, 1, 6], 5, masked=masked)
+    assert batch.q is not None
+    narrow = DraftProbabilities(batch.q.q.float(), batch.q.of_row)
+    accepted, _ = check(replace(batch, q=narrow))
+    assert max(accepted) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("reduced", [False, True])
+def test_rejection_follows_the_target(reduced: bool, dtype: torch.dtype) -> None:
     """DSPARK.md, section 6: the first token of a block is a sample of p, whatever q and the mask
     are; chi-squared over 300 seeds. Sampling p after a rejection instead fails this."""
     vocab, draws = 5, 300
     p = torch.tensor([0.55, 0.2, 0.15, 0.1, 0.0], dtype=torch.float64)
     q = torch.tensor([0.05, 0.1, 0.5, 0.15, 0.2], dtype=torch.float64)
+    columns = None
+    if reduced:  # the drafter cannot say token 1, and its columns are in an order of their own
+        q = torch.tensor([0.1, 0.0, 0.5, 0.2, 0.2], dtype=torch.float64)
+        columns = torch.tensor([2, -1, 0, 3, 1]).int()
+    known = q if columns is None else q[torch.tensor([2, 4, 0, 3])]
     drafts = torch.multinomial(
         q, draws, replacement=True, generator=torch.Generator().manual_seed(1)
     )
@@ -207,7 +256,7 @@ def test_rejection_follows_the_target() -> None:
         positions=torch.full((draws,), 9),
         longest=2,
         masks=Masks(torch.tensor([[0b01111]]).int(), torch.zeros(2 * draws).int()),
-        q=DraftProbabilities(q[None], torch.zeros(2 * draws).int()),
+        q=DraftProbabilities(known[None].to(dtype), torch.zeros(2 * draws).int(), columns),
     )
     verdict = verify(on_device(batch), block=8)
     first = torch.where(verdict.accepted.cpu() > 0, drafts, verdict.tokens.cpu())
