@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dspark_agent.cli.bench_ablation import ablation
-from dspark_agent.cli.bench_options import Drafter, Json, Limit, Model, Precision, Threads
+from dspark_agent.cli.bench_options import Device, Drafter, Json, Limit, Model, Precision, Threads
 from dspark_agent.cli.bench_pareto import pareto
 from dspark_agent.cli.bench_report import counter, write_report
 from dspark_agent.cli.console import check_writable, err, out
@@ -28,6 +28,7 @@ class Switch(StrEnum):
 
 class DecodePeerName(StrEnum):
     TRANSFORMERS = "transformers"
+    TRANSFORMERS_STATIC = "transformers-static"
     LLAMA_CPP = "llama-cpp"
     PLAIN = "plain"
     FIXED = "fixed"
@@ -64,6 +65,7 @@ def decode(
     speculation: Speculation = Switch.OFF,
     drafter: Drafter = None,
     policy: Policy = None,
+    device: Device = None,
     precision: Precision = None,
     threads: Threads = None,
     peer: Annotated[
@@ -90,6 +92,7 @@ def decode(
             speculation=speculation is Switch.ON,
             drafter=drafter,
             policy=policy,
+            device=device,
         ),
     )
     check_writable(json_file)
@@ -201,6 +204,30 @@ def cost(
     plot = json_file.with_suffix(".png")
     plot_cost(report, plot)
     err().print(f"[note]wrote {plot}[/]")
+
+
+@app.command()
+def kernels(
+    json_file: Json,
+    size: Annotated[
+        str, typer.Option(help="Whose shapes: qwen2.5-coder-0.5b or qwen3-4b.")
+    ] = "qwen2.5-coder-0.5b",
+    device: Annotated[str, typer.Option(help="cuda or cuda:N.")] = "cuda",
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each; the median counts.")] = 50,
+) -> None:
+    """Each device kernel's time beside torch's, and its share of a copy's bandwidth; on a GPU."""
+    from dspark_backend.devices import gpu
+
+    gpu(device)  # says what is missing before Triton is looked for
+    from dspark_backend.bench.kernels import KernelsSettings, run_kernels
+    from dspark_backend.bench.table import kernels_table
+
+    settings = KernelsSettings(size=size, device=device, repeats=repeats)
+    check_writable(json_file)
+    with counter("kernels") as counted:
+        report = run_kernels(settings, on_case=counted)
+    out().print(kernels_table(report))
+    write_report(report, json_file)
 
 
 @app.command()

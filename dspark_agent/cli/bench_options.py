@@ -10,7 +10,10 @@ import typer
 Model = Annotated[str, typer.Option("--model", "-m", help="Known name, path or hub id.")]
 Precision = Annotated[
     str | None,
-    typer.Option(help="bf16, int8 or int8x16; the model's measured best when left out."),
+    typer.Option(help="bf16, fp32, int8 or int8x16; the model's measured best when left out."),
+]
+Device = Annotated[
+    str | None, typer.Option(help="cuda or cuda:N for a GPU, of all contenders; else the CPU.")
 ]
 Drafter = Annotated[
     Path | None,

@@ -24,7 +24,8 @@ class ContenderSpec:
     model writes tool calls. ``speculation`` and ``drafter`` (a checkpoint folder; ``None`` for the
     one that ships) are our engine's alone, as are ``policy`` (a budget policy's name, None for the
     engine's own), ``signals`` (None for all of them), ``forced`` (how tokens without a choice are
-    taken) and ``kv_bytes`` (None for the engine's usual grant)."""
+    taken) and ``kv_bytes`` (None for the engine's usual grant). ``device`` is a GPU that all
+    compute on, None for the CPU."""
 
     model: str
     folder: Path
@@ -40,6 +41,7 @@ class ContenderSpec:
     signals: Signals | None = None
     forced: ForcedMode = ForcedMode.CANONICAL
     kv_bytes: int | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

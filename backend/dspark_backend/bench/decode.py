@@ -130,7 +130,7 @@ def run_decode(
         totals = {worker.name: _totals(worker, runs[worker.name]) for worker in lineup.all}
         ours = lineup.ours
         return DecodeReport(
-            host=host_facts(),
+            host=host_facts(settings.terms.device),
             model=settings.model,
             precision=ours.loaded.precision,
             speculation=settings.terms.switch,

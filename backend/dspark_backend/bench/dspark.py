@@ -18,6 +18,7 @@ class DSparkContender:
         began = time.perf_counter()
         self._engine = Engine.load(
             spec.model,
+            device=spec.device,
             precision=spec.precision,
             threads=spec.threads,
             max_context=spec.max_context,

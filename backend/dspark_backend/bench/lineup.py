@@ -13,6 +13,7 @@ from dspark_backend.bench.contender import ContenderSpec, Turn
 from dspark_backend.bench.errors import BenchError
 from dspark_backend.bench.worker import Worker
 from dspark_backend.catalog import ModelFiles, ProgressSink, resolve
+from dspark_backend.devices import gpu
 from dspark_backend.grammar.dialect import Dialect, dialect_for
 from dspark_backend.processor import usable_cores
 from dspark_backend.request import ForcedMode
@@ -24,6 +25,7 @@ W = TypeVar("W", bound=Worker)
 OURS = "dspark_backend.bench.dspark:DSparkContender"
 OTHERS = {
     "transformers": "dspark_backend.bench.peers.transformers:TransformersPeer",
+    "transformers-static": "dspark_backend.bench.peers.transformers:StaticTransformersPeer",
     "llama-cpp": "dspark_backend.bench.peers.llama_cpp:LlamaCppPeer",
 }
 TOKEN_BY_TOKEN = "token-by-token"
@@ -56,7 +58,7 @@ class Subject:
 class Terms:
     """Who takes part, and how. ``threads`` are equal for all, ``None`` takes the usable cores;
     ``precision``, ``speculation``, ``drafter`` and ``policy`` (a budget policy's name) are our
-    engine's."""
+    engine's; ``device`` is the GPU that all run on, None for the CPU."""
 
     precision: str | None = None
     threads: int | None = None
@@ -64,13 +66,21 @@ class Terms:
     speculation: bool = False
     drafter: Path | None = None
     policy: str | None = None
+    device: str | None = None
 
     def __post_init__(self) -> None:
+        """Raises BenchError for terms that contradict each other, DeviceError for a GPU that is not
+        there."""
+        gpu(self.device)
         unknown = [peer for peer in self.peers if peer not in PEERS]
         if unknown:
             raise BenchError(f"unknown peer {unknown[0]!r}: choose from {', '.join(PEERS)}")
         if self.threads is not None and self.threads < 1:
             raise BenchError(f"threads must be at least 1, not {self.threads}")
+        elsewhere = "transformers-static" if self.device in (None, "cpu") else "llama-cpp"
+        if elsewhere in self.peers:
+            where = "a GPU: name it with --device" if "static" in elsewhere else "the CPU only here"
+            raise BenchError(f"the peer {elsewhere!r} runs on {where}")
         if self.drafter is not None and not self.speculation:
             raise BenchError("a drafter drafts only with speculation on")
         if self.policy is not None and not self.speculation:
@@ -134,6 +144,7 @@ def contender_spec(subject: Subject, terms: Terms, context: int) -> ContenderSpe
         speculation=terms.speculation,
         drafter=terms.drafter,
         policy=terms.policy,
+        device=terms.device,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich import box
 from rich.filesize import decimal
 from rich.table import Table
@@ -12,6 +14,9 @@ from dspark_backend.bench.quality import QualityReport
 from dspark_backend.bench.simulate import SimulateReport
 from dspark_backend.bench.steps_report import StepsReport, StepsTotals
 from dspark_backend.request import StepKind
+
+if TYPE_CHECKING:  # importing it takes Triton, which a GPU alone needs
+    from dspark_backend.bench.kernels import KernelsReport
 
 _OURS = "dspark"
 
@@ -120,6 +125,27 @@ def cost_table(report: CostReport) -> Table:
     table.add_row("1000 more to a row", f"{cost.pair_s * 1e6:.3f}", "", "")
     error = f"{report.median_error:.1%}"
     table.add_row(f"median error, {len(report.checks)} other passes", error, "", "")
+    return table
+
+
+def kernels_table(report: KernelsReport) -> Table:
+    """Every kernel's time beside torch's, and how much of a copy's bandwidth it reaches."""
+    speed = report.copy_bytes_per_s / 1e9
+    table = report_table(
+        f"{report.size} in {report.dtype}, a copy moves {speed:.0f} GB/s",
+        ("shape", "us", "torch us", "torch/ours", "MB", "of a copy", "apart"),
+    )
+    for row in report.rows:
+        table.add_row(
+            row.op,
+            row.shape,
+            f"{row.ours_s * 1e6:.1f}",
+            f"{row.torch_s * 1e6:.1f}",
+            f"{row.torch_s / row.ours_s:.2f}x",
+            f"{row.moved_bytes / 1e6:.2f}",
+            f"{row.share:.0%}",
+            number(row.apart, ".2g"),
+        )
     return table
 
 

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StaticCache
 from transformers.utils import logging
 
 from dspark_backend.bench.contender import ContenderSpec, Loaded, Sample, Turn
@@ -26,7 +26,8 @@ class TransformersPeer:
         self._end = list(spec.end_token_ids)
         self._tokenizer = Tokenizer(spec.folder)
         self._model: Any = AutoModelForCausalLM.from_pretrained(spec.folder, dtype=torch.bfloat16)
-        self._model.eval()
+        self._device = torch.device(spec.device or "cpu")
+        self._model.eval().to(self._device)
         self._log: list[int] = []
         self.loaded = Loaded(precision="bf16", load_s=time.perf_counter() - began)
 
@@ -43,7 +44,7 @@ class TransformersPeer:
             else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
         )
         torch.manual_seed(turn.seed)
-        ids = torch.tensor([self._log])
+        ids = torch.tensor([self._log], device=self._device)
         clock = _FirstToken()
         began = time.perf_counter()
         with torch.inference_mode():
@@ -55,10 +56,11 @@ class TransformersPeer:
                 pad_token_id=self._end[0],
                 repetition_penalty=1.0,
                 streamer=clock,
+                **self._cache(),
                 **sampled,
             )
-        total_s = time.perf_counter() - began
         new = written[0, ids.shape[1] :].tolist()
+        total_s = time.perf_counter() - began
         metrics = EngineMetrics(
             prefill_new_tokens=len(self._log),
             ttft_s=clock.at - began,
@@ -72,6 +74,23 @@ class TransformersPeer:
 
     def close(self) -> None:
         self._model = None
+
+    def _cache(self) -> dict[str, Any]:
+        """What ``generate`` is told of its cache: nothing, for its default."""
+        return {}
+
+
+class StaticTransformersPeer(TransformersPeer):
+    """The same with a static cache as long as any conversation of the run, so that ``generate``
+    compiles its decoding pass once, which it does on a GPU."""
+
+    def __init__(self, spec: ContenderSpec) -> None:
+        super().__init__(spec)
+        self._static = StaticCache(config=self._model.config, max_cache_len=spec.max_context)
+
+    def _cache(self) -> dict[str, Any]:
+        self._static.reset()
+        return {"past_key_values": self._static}
 
 
 class _FirstToken:

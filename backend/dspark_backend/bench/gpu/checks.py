@@ -1,0 +1,178 @@
+"""What must hold on a GPU: the same tokens as on the CPU, with speculation and without, in any
+company, and no waiting for the device inside a verification."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dspark_backend.bench.gpu.stages import CheckFailedError, Facts
+from dspark_backend.catalog import ModelFiles
+from dspark_backend.engine import Engine
+from dspark_backend.kernels.verify.contract import Batch, Rule
+from dspark_backend.kernels.verify.triton import verify
+from dspark_backend.parts import Parts, cpu_parts, device_parts
+from dspark_backend.request import AcceptanceRule, SamplingParams, StepRequest
+from dspark_backend.scheduler import Limits
+from dspark_backend.speculation.policies import Fixed
+from dspark_backend.speculation.signals import Signals
+from dspark_backend.target.batch import Batch as Pass
+from dspark_backend.target.batch import Rows
+
+Texts = list[tuple[int, ...]]
+
+SAMPLINGS = {
+    "greedy": SamplingParams(),
+    "coupled": SamplingParams(temperature=0.8, seed=7),
+    "coupled, cut and penalised": SamplingParams(
+        temperature=0.8, top_k=50, top_p=0.95, repetition_penalty=1.1, seed=7
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A model on ``device``, with a drafter if there is one; ``prompts`` of token ids and how many
+    ``tokens`` to write after each."""
+
+    files: ModelFiles
+    drafter: Path | None
+    device: torch.device
+    prompts: Sequence[tuple[int, ...]]
+    tokens: int
+    kv_bytes: int = 2**29
+
+    @property
+    def room(self) -> int:
+        """Positions of a session."""
+        return max(map(len, self.prompts)) + self.tokens + 64
+
+    def on_device(self, precision: str, drafter: Path | None = None) -> Parts:
+        return device_parts(self.files, precision, self.room, drafter, self.device)
+
+    def texts(
+        self, parts: Parts, sampling: SamplingParams, *, together: bool, drafts: int = 0
+    ) -> Texts:
+        """What an engine of ``parts`` writes, all prompts at once or one after the other, with
+        blocks of ``drafts`` drafts."""
+        signals = Signals.drafts_alone() if drafts else Signals(copies=False)
+        steps = [StepRequest(p, self.tokens, sampling, ignore_eos=True) for p in self.prompts]
+        groups = [steps] if together else [[step] for step in steps]
+        written: Texts = []
+        policy = Fixed(drafts)
+        with Engine(
+            self.files, parts, 1, self.kv_bytes, Limits(), policy, signals=signals
+        ) as engine:
+            for group in groups:
+                sessions = [engine.open_session() for _ in group]
+                handles = [engine.submit(s, r) for s, r in zip(sessions, group, strict=True)]
+                written += [handle.result().token_ids for handle in handles]
+                for session in sessions:
+                    session.close()
+        return written
+
+
+def as_on_the_cpu(trial: Trial) -> Facts:
+    """Greedy texts in float32, against the CPU's engine in float32."""
+    cpu = cpu_parts(trial.files, "fp32", trial.room, None)
+    expected = trial.texts(cpu, SAMPLINGS["greedy"], together=False)
+    written = trial.texts(trial.on_device("fp32"), SAMPLINGS["greedy"], together=False)
+    _same(expected, written, "the CPU", "the device")
+    return {"texts": len(written), "tokens": sum(map(len, written))}
+
+
+def in_any_company(trial: Trial, precision: str = "bf16") -> Facts:
+    """Texts of steps that share their passes, against each alone."""
+    facts: Facts = {"precision": precision}
+    for name, sampling in SAMPLINGS.items():
+        alone = trial.texts(trial.on_device(precision), sampling, together=False)
+        shared = trial.texts(trial.on_device(precision), sampling, together=True)
+        _same(alone, shared, "alone", "together")
+        facts[name] = sum(map(len, shared))
+    return facts
+
+
+def with_and_without_speculation(trial: Trial, precision: str = "bf16") -> Facts:
+    """Texts with drafts verified, against plain ones; by rejection they only have to come out."""
+    if trial.drafter is None:
+        raise CheckFailedError(f"no drafter ships for {trial.files.name}: name one")
+    facts: Facts = {"precision": precision}
+    for name, sampling in SAMPLINGS.items():
+        plain = trial.texts(trial.on_device(precision), sampling, together=True)
+        fast = trial.on_device(precision, trial.drafter)
+        _same(plain, trial.texts(fast, sampling, together=True, drafts=3), "off", "on")
+        facts[name] = sum(map(len, plain))
+    rejection = SamplingParams(temperature=0.8, seed=7, acceptance=AcceptanceRule.REJECTION)
+    fast = trial.on_device(precision, trial.drafter)
+    facts["rejection"] = sum(map(len, trial.texts(fast, rejection, together=True, drafts=3)))
+    return facts
+
+
+def bits_of_a_row(trial: Trial, precision: str = "bf16") -> Facts:
+    """Logits of a row, alone and among others, bit for bit."""
+    target = trial.on_device(precision).target
+    storage = target.storage(None, 8 * 256 * target.kv_shape.bytes_per_token)
+    prompts = [prompt[:100] for prompt in trial.prompts][:4]
+    alone, together = [], []
+    for prompt in prompts:
+        both = [storage.new(), storage.new()]
+        for kv in both:
+            kv.reserve(len(prompt))
+            target.forward(Pass([Rows(kv, prompt[:-1], 0)]))
+            kv.length = len(prompt) - 1
+        alone.append(target.forward(Pass([Rows(both[0], prompt[-1:], 1)])).logits[0])
+        together.append(Rows(both[1], prompt[-1:], 1))
+    shared = target.forward(Pass(together)).logits
+    wrong = int((torch.stack(alone) != shared).any(dim=1).sum())
+    if wrong:
+        raise CheckFailedError(
+            f"{wrong} of {len(prompts)} rows have other bits in company than alone"
+        )
+    return {"precision": precision, "rows": [{"rows compared": len(prompts)}]}
+
+
+def never_waits(device: torch.device, vocab: int = 50_000) -> Facts:
+    """A verification, between its tensors and its verdict, does not wait for the device."""
+    rules = torch.tensor([Rule.GREEDY, Rule.COUPLED, Rule.REJECTION], device=device).int()
+    four = torch.arange(3, device=device)
+    batch = Batch(
+        logits=torch.randn(12, vocab, device=device),
+        offsets=torch.tensor([0, 4, 8, 12], dtype=torch.int32, device=device),
+        drafts=torch.zeros(12, dtype=torch.int32, device=device),
+        rules=rules,
+        temperatures=torch.ones(3, device=device),
+        seeds=four,
+        positions=four,
+        longest=4,
+    )
+    verify(batch)  # compiles
+    _without_waiting(device, lambda: verify(batch))
+    return {"vocabulary": vocab}
+
+
+def _without_waiting(device: torch.device, run: Callable[[], object]) -> None:
+    if device.type != "cuda":
+        run()
+        return
+    torch.cuda.synchronize(device)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError as error:
+        raise CheckFailedError(f"the host waited for the device: {error}") from error
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _same(expected: Texts, written: Texts, one: str, other: str) -> None:
+    for number, (a, b) in enumerate(zip(expected, written, strict=True)):
+        if a != b:
+            first = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
+            raise CheckFailedError(
+                f"text {number} parts at token {first} of {len(a)}: {one} {a[first : first + 3]}, "
+                f"{other} {b[first : first + 3]}"
+            )
