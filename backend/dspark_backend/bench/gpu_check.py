@@ -32,6 +32,7 @@ from dspark_backend.checkpoint.config import TargetConfig
 from dspark_backend.devices import gpu
 from dspark_backend.drafter.shipped import shipped_drafter
 from dspark_backend.errors import BackendError
+from dspark_backend.target.graphs import GraphedDecoder
 
 LIMIT_S = 570.0
 MODELS = ("smollm2-135m", "qwen2.5-coder-0.5b")
@@ -68,11 +69,21 @@ def native_tests(folders: Sequence[str], left_s: float) -> Facts:
 
 
 def four_billion(device: torch.device, left_s: float) -> Facts:
-    """A 4B Qwen3-shaped model with random weights: its rate, its gaps, its share of bandwidth."""
+    """A 4B Qwen3-shaped model with random weights: its rate, its gaps, its share of bandwidth;
+    launched kernel by kernel, and replayed as CUDA graphs."""
     copy = copy_bandwidth(2**30, Stopwatch(device, 20))
     config = TargetConfig.from_dict(rates.QWEN3_4B)
     decoder = rates.random_decoder(config, torch.bfloat16, 1024, device)
-    return {**rates.plain_rate(decoder, 100, copy), **rates.host_gaps(decoder, 20)}
+    read = rates.weight_bytes(decoder)
+    rows = [
+        {
+            "passes": name,
+            **rates.plain_rate(target, 100, read, copy),
+            **rates.host_gaps(target, device, 20),
+        }
+        for name, target in (("launched", decoder), ("replayed", GraphedDecoder(decoder)))
+    ]
+    return {"weight_bytes": read, "copy_bytes_per_s": copy, "rows": rows}
 
 
 def _on(
@@ -99,6 +110,7 @@ def stages_of(name: str, device: torch.device, models: Sequence[str]) -> list[St
         stages += [
             Stage(f"{model}: as on the CPU", partial(_on, checks.as_on_the_cpu, model, device)),
             Stage(f"{model}: in any company", partial(_on, checks.in_any_company, model, device)),
+            Stage(f"{model}: graphs", partial(_on, checks.recorded_passes, model, device)),
             Stage(f"{model}: bits of a row", partial(_on, checks.bits_of_a_row, model, device)),
         ]
     drafted = [model for model in models if shipped_drafter(model) is not None]

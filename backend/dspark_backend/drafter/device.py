@@ -27,7 +27,7 @@ from dspark_backend.kv.paged import paged_context
 from dspark_backend.kv.sequence import Positions
 from dspark_backend.speculation.protocol import Anchor, Proposal
 from dspark_backend.target.device import DeviceDecoder
-from dspark_backend.target.paged_rows import PagedRows, Span
+from dspark_backend.target.paged_rows import Layout, Span
 from dspark_backend.target.rope import tables
 
 
@@ -77,7 +77,7 @@ class DeviceDrafter:
         if not count:
             return
         mine.reserve(mine.length + count)
-        rows = PagedRows.of([Span(mine.owner, mine.length, count)], self._device)
+        rows = Layout.of([Span(mine.owner, mine.length, count)]).on(self._device)
         mixed = self._weights.fc(features.to(self._dtype)).float()
         normed = rms_norm(mixed, self._weights.hidden_norm, self._eps, self._dtype)
         for index, layer in enumerate(self._weights.layers):
@@ -104,7 +104,7 @@ class DeviceDrafter:
         ids[:, 0] = [anchor.token for anchor in anchors]
         contexts = [paged_context(anchor.context) for anchor in anchors]
         spans = [Span(context.owner, context.length, size) for context in contexts]
-        rows = PagedRows.of(spans, self._device, ids=ids.reshape(-1))
+        rows = Layout.of(spans, ids=ids.reshape(-1)).on(self._device)
         x = functional.embedding(rows.extra["ids"], weights.embedding).float()
         normed = rms_norm(x, weights.layers[0].input_norm, eps, self._dtype)
         for index, layer in enumerate(weights.layers):

@@ -17,23 +17,48 @@ _DTYPES = {
     np.dtype(np.float32): torch.float32,
 }
 
+Arrays = Mapping[str, NDArray[Any]]
 
-def upload(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
+
+def upload(arrays: Arrays, device: torch.device) -> dict[str, Tensor]:
     """``arrays`` (int64, float64, int32 or float32, of any shape) as tensors on ``device``, by the
     same names. They lie in one allocation, which lives as long as one of them does.
 
     Raises KeyError for an array of another dtype.
     """
-    # Wide numbers first: each then begins at a multiple of its own width.
-    names = sorted(arrays, key=lambda name: -arrays[name].itemsize)
-    pieces = [np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8) for name in names]
-    packed = torch.from_numpy(np.concatenate(pieces)) if pieces else torch.empty(0)
-    if device.type == "cuda":
-        packed = packed.pin_memory()  # else the copy would wait for what the device still does
-    there = packed.to(device, non_blocking=True)
-    tensors, at = {}, 0
-    for name, piece in zip(names, pieces, strict=True):
-        array = arrays[name]
-        tensors[name] = there[at : at + len(piece)].view(_DTYPES[array.dtype]).view(array.shape)
-        at += len(piece)
-    return tensors
+    return Mailbox(arrays, device).tensors
+
+
+class Mailbox:
+    """``tensors`` on the device that hold ``arrays``, and later others of the same shapes: what
+    reads them there, such as a recorded graph, finds those in the same place."""
+
+    def __init__(self, arrays: Arrays, device: torch.device) -> None:
+        # Wide numbers first: each then begins at a multiple of its own width.
+        self._names = sorted(arrays, key=lambda name: -arrays[name].itemsize)
+        self._shapes = [(arrays[name].shape, arrays[name].dtype) for name in self._names]
+        self._on_gpu = device.type == "cuda"
+        self._there = self._packed(arrays).to(device, non_blocking=True)
+        self.tensors: dict[str, Tensor] = {}
+        at = 0
+        for name in self._names:
+            array = arrays[name]
+            piece = self._there[at : at + array.nbytes].view(_DTYPES[array.dtype])
+            self.tensors[name] = piece.view(array.shape)
+            at += array.nbytes
+
+    def refill(self, arrays: Arrays) -> None:
+        """Put ``arrays`` in the place of what is there. Raises ValueError for other names, shapes
+        or dtypes."""
+        given = [(arrays[name].shape, arrays[name].dtype) for name in self._names if name in arrays]
+        if len(arrays) != len(self._names) or given != self._shapes:
+            raise ValueError(f"arrays of {self._shapes} fit in here, not {given}")
+        self._there.copy_(self._packed(arrays), non_blocking=True)
+
+    def _packed(self, arrays: Arrays) -> Tensor:
+        pieces = [
+            np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8) for name in self._names
+        ]
+        packed = torch.from_numpy(np.concatenate(pieces)) if pieces else torch.empty(0)
+        # Pinned: else the copy would wait for what the device still does.
+        return packed.pin_memory() if self._on_gpu else packed

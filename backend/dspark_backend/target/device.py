@@ -23,7 +23,7 @@ from dspark_backend.kv.budget import KVShape
 from dspark_backend.kv.paged import PagedStorage, paged
 from dspark_backend.target.batch import Batch
 from dspark_backend.target.device_linear import DeviceLinear
-from dspark_backend.target.paged_rows import PagedRows, Span
+from dspark_backend.target.paged_rows import Layout, PagedRows, Span
 from dspark_backend.target.protocol import Pass
 from dspark_backend.target.rope import tables
 
@@ -78,8 +78,12 @@ class DeviceDecoder:
 
     def forward(self, batch: Batch, taps: Collection[int] = ()) -> Pass:
         """As :meth:`Target.forward`."""
+        return self.run(self.lay_out(batch).on(self.device), taps)
+
+    def run(self, rows: PagedRows, taps: Collection[int]) -> Pass:
+        """The pass over ``rows``, made of launches alone: what it reads of the host is their
+        shape."""
         weights, eps = self.weights, self.config.rms_norm_eps
-        rows = self._lay_out(batch)
         x = functional.embedding(rows.extra["ids"], weights.embedding).float()
         tapped = [x.clone()] if -1 in taps else []
         normed = rms_norm(x, weights.layers[0].input_norm, eps, self.dtype)
@@ -101,7 +105,9 @@ class DeviceDecoder:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _lay_out(self, batch: Batch) -> PagedRows:
+    def lay_out(self, batch: Batch, columns: int = 1) -> Layout:
+        """Where the rows of ``batch`` are, and which of them logits are wanted of. Raises
+        ValueError for rows that there is no room for."""
         spans, wanted, end = [], [], 0
         for rows in batch.sequences:
             kv, count = paged(rows.kv), len(rows.tokens)
@@ -113,4 +119,4 @@ class DeviceDecoder:
             spans.append(Span(kv, kv.length, count))
             wanted.append(np.arange(end - rows.logits, end))
         ids = np.array([t for rows in batch.sequences for t in rows.tokens])
-        return PagedRows.of(spans, self.device, ids=ids, wanted=np.concatenate(wanted))
+        return Layout.of(spans, columns, ids=ids, wanted=np.concatenate(wanted))

@@ -29,6 +29,75 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Layout:
+    """Rows as the host lays them out: ``arrays`` for the device, those of :class:`PagedRows` and
+    ``extra`` ones by name, of ``rows`` rows in all."""
+
+    pool: PagePool
+    arrays: dict[str, NDArray[Any]]
+    extra: tuple[str, ...]
+    longest: int
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], columns: int = 1, **extra: NDArray[Any]) -> Layout:
+        """The table is as wide as a multiple of ``columns`` pages. Raises ValueError for spans that
+        there is no room for, or of several pools."""
+        pool = spans[0].kv.pool
+        size = pool.page_size
+        used = [-(-(span.start + span.count) // size) for span in spans]
+        for span, pages in zip(spans, used, strict=True):
+            if span.kv.pool is not pool:
+                raise ValueError("sequences of one pass lie in the pages of one pool")
+            if pages > len(span.kv.pages):
+                raise ValueError(
+                    f"{span.start + span.count} positions do not fit: room for "
+                    f"{span.kv.capacity} reserved"
+                )
+        table = np.zeros((len(spans), -(-max(used) // columns) * columns), np.int32)
+        positions, pages_of = [], []
+        for number, span in enumerate(spans):
+            table[number, : used[number]] = span.kv.pages[: used[number]]
+            at = np.arange(span.start, span.start + span.count, dtype=np.int32)
+            positions.append(at)
+            pages_of.append(table[number, at // size])
+        flat = np.concatenate(positions)
+        counts = [span.count for span in spans]
+        arrays = {
+            **extra,
+            "positions": flat,
+            "pages": np.concatenate(pages_of),
+            "slots": (flat % size).astype(np.int32),
+            "offsets": np.cumsum([0, *counts]).astype(np.int32),
+            "starts": np.array([span.start for span in spans], np.int32),
+            "table": table,
+        }
+        return cls(pool, arrays, tuple(extra), max(counts))
+
+    @property
+    def rows(self) -> int:
+        return len(self.arrays["positions"])
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """What two layouts share whose rows the same launches can serve."""
+        return self.longest, *((name, array.shape) for name, array in self.arrays.items())
+
+    def on(self, device: torch.device) -> PagedRows:
+        """The rows, with all arrays copied to ``device``."""
+        return self.reading(upload(self.arrays, device))
+
+    def reading(self, there: Mapping[str, Tensor]) -> PagedRows:
+        """The rows as ``there`` says, tensors by the names of ``arrays``."""
+        places = Places(there["positions"], there["pages"], there["slots"])
+        rest = {name: there[name] for name in self.extra}
+        return PagedRows(
+            *(self.pool, places, there["offsets"], there["starts"], there["table"]),
+            self.longest,
+            rest,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class PagedRows:
     """The rows of all spans, one span after the other. ``offsets``, ``starts`` and ``table`` are
     those of :class:`~dspark_backend.kernels.ragged_attention.contract.Batch`; ``extra`` is what
@@ -41,47 +110,6 @@ class PagedRows:
     table: Tensor
     longest: int
     extra: Mapping[str, Tensor]
-
-    @classmethod
-    def of(cls, spans: Sequence[Span], device: torch.device, **extra: NDArray[Any]) -> PagedRows:
-        """Raises ValueError for spans that there is no room for, or of several pools."""
-        pool = spans[0].kv.pool
-        size = pool.page_size
-        used = [-(-(span.start + span.count) // size) for span in spans]
-        for span, pages in zip(spans, used, strict=True):
-            if span.kv.pool is not pool:
-                raise ValueError("sequences of one pass lie in the pages of one pool")
-            if pages > len(span.kv.pages):
-                raise ValueError(
-                    f"{span.start + span.count} positions do not fit: room for "
-                    f"{span.kv.capacity} reserved"
-                )
-        table = np.zeros((len(spans), max(used)), np.int32)
-        positions, pages_of = [], []
-        for number, span in enumerate(spans):
-            table[number, : used[number]] = span.kv.pages[: used[number]]
-            at = np.arange(span.start, span.start + span.count, dtype=np.int32)
-            positions.append(at)
-            pages_of.append(table[number, at // size])
-        flat = np.concatenate(positions)
-        counts = [span.count for span in spans]
-        there = upload(
-            {
-                **extra,
-                "positions": flat,
-                "pages": np.concatenate(pages_of),
-                "slots": (flat % size).astype(np.int32),
-                "offsets": np.cumsum([0, *counts]).astype(np.int32),
-                "starts": np.array([span.start for span in spans], np.int32),
-                "table": table,
-            },
-            device,
-        )
-        places = Places(there["positions"], there["pages"], there["slots"])
-        rest = {name: there[name] for name in extra}
-        return cls(
-            pool, places, there["offsets"], there["starts"], there["table"], max(counts), rest
-        )
 
     def attend(self, layer: int, qkv: Tensor, rotation: Rotation, sight: Sight) -> Tensor:
         """Write keys and values of ``qkv`` [R, (H + 2 Hkv) hd] to the pages of ``layer``, and what

@@ -28,6 +28,7 @@ from dspark_backend.catalog import resolve
 from dspark_backend.checkpoint.config import TargetConfig
 from dspark_backend.drafter.checkpoint import write_drafter
 from dspark_backend.target.device_load import load_device_decoder
+from dspark_backend.target.protocol import Pass
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -106,14 +107,26 @@ def trial(
     write_drafter(folder, random.config, random.state, random.d2t)
     files = resolve(str(random.target_folder))
     prompts = [tuple(range(5, 14)), tuple(range(30, 37))]
-    return checks.Trial(files, folder, DEVICE, prompts, tokens=4, kv_bytes=2**24)
+    return checks.Trial(files, folder, DEVICE, prompts, tokens=6, kv_bytes=2**24)
+
+
+def again(run: Callable[[], Pass]) -> tuple[Callable[[], object], Pass]:
+    """A recording that runs its function again."""
+    result = run()
+
+    def replay() -> None:
+        result.logits.copy_(run().logits)
+
+    return replay, result
 
 
 def test_the_checks_hold_on_a_tiny_model(trial: checks.Trial) -> None:
-    assert checks.as_on_the_cpu(trial) == {"texts": 2, "tokens": 8}
-    assert checks.in_any_company(trial, "fp32")["coupled"] == 8
-    assert checks.with_and_without_speculation(trial, "fp32")["rejection"] == 8
+    assert checks.as_on_the_cpu(trial) == {"texts": 2, "tokens": 12}
+    assert checks.in_any_company(trial, "fp32")["coupled"] == 12
+    assert checks.with_and_without_speculation(trial, "fp32")["rejection"] == 12
     assert checks.bits_of_a_row(trial)["rows"] == [{"rows compared": 2}]
+    replayed = checks.recorded_passes(trial, "fp32", None if DEVICE.type == "cuda" else again)
+    assert replayed["hits"] > 0
     assert checks.never_waits(DEVICE, vocab=70) == {"vocabulary": 70}
 
 
@@ -124,10 +137,10 @@ def test_a_check_says_where_texts_part(
 
     def wrong(self: checks.Trial, *given: Any, together: bool, drafts: int = 0) -> Any:
         first, second = right(self, *given, together=together, drafts=drafts)
-        return [first, (*second[:2], -1, second[3])] if together else [first, second]
+        return [first, (*second[:2], -1, *second[3:])] if together else [first, second]
 
     monkeypatch.setattr(checks.Trial, "texts", wrong)
-    with pytest.raises(CheckFailedError, match=r"text 1 parts at token 2 of 4: alone .* together"):
+    with pytest.raises(CheckFailedError, match=r"text 1 parts at token 2 of 6: alone .* together"):
         checks.in_any_company(trial, "fp32")
     with pytest.raises(CheckFailedError, match="no drafter ships"):
         checks.with_and_without_speculation(replace(trial, drafter=None))
@@ -143,11 +156,11 @@ def test_rates_are_of_a_decoder_of_the_right_size(trial: checks.Trial) -> None:
             assert getattr(ours, name).weight.shape == getattr(theirs, name).weight.shape
     layer = 64 * (64 + 64) + 64 * 64 + 64 * 256 + 128 * 64
     assert rates.weight_bytes(decoder) == 2 * (2 * layer + 512 * 64)
-    facts = rates.plain_rate(decoder, 4, copy_bytes_per_s=1e9)
-    assert facts["share_of_bandwidth"] == pytest.approx(
-        facts["weight_bytes"] * facts["tok_per_s"] / 1e9
-    )
-    assert rates.host_gaps(decoder, 1)["passes"] == 1
+    facts = rates.plain_rate(decoder, 4, 5000, copy_bytes_per_s=1e9)
+    assert facts["share_of_bandwidth"] == pytest.approx(5000 * facts["tok_per_s"] / 1e9)
+    gaps = rates.host_gaps(decoder, DEVICE, 1)  # without a GPU, all of a pass is the host's
+    assert gaps["gap_share"] == pytest.approx(1 - gaps["busy_s"] / gaps["wall_s"])
+    assert (gaps["busy_s"] > 0.0) is (DEVICE.type == "cuda")
     assert TargetConfig.from_dict(rates.QWEN3_4B).num_layers == 36
 
 

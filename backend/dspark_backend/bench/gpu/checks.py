@@ -4,7 +4,7 @@ company, and no waiting for the device inside a verification."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,8 @@ from dspark_backend.speculation.policies import Fixed
 from dspark_backend.speculation.signals import Signals
 from dspark_backend.target.batch import Batch as Pass
 from dspark_backend.target.batch import Rows
+from dspark_backend.target.device import DeviceDecoder
+from dspark_backend.target.graphs import Capture, GraphedDecoder
 
 Texts = list[tuple[int, ...]]
 
@@ -132,6 +134,20 @@ def bits_of_a_row(trial: Trial, precision: str = "bf16") -> Facts:
             f"{wrong} of {len(prompts)} rows have other bits in company than alone"
         )
     return {"precision": precision, "rows": [{"rows compared": len(prompts)}]}
+
+
+def recorded_passes(trial: Trial, precision: str = "bf16", capture: Capture | None = None) -> Facts:
+    """Greedy texts with passes replayed as CUDA graphs, against launched ones."""
+    parts = trial.on_device(precision)
+    if not isinstance(parts.target, DeviceDecoder):
+        raise TypeError(f"the passes of a {type(parts.target).__name__} are not recorded")
+    launched = trial.texts(parts, SAMPLINGS["greedy"], together=True)
+    graphed = GraphedDecoder(parts.target, capture)
+    replayed = trial.texts(replace(parts, target=graphed), SAMPLINGS["greedy"], together=True)
+    _same(launched, replayed, "launched", "replayed")
+    if not graphed.counts.hits:
+        raise CheckFailedError(f"no pass was replayed: {graphed.counts}")
+    return {"precision": precision, **asdict(graphed.counts)}
 
 
 def never_waits(device: torch.device, vocab: int = 50_000) -> Facts:

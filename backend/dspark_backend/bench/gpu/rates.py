@@ -21,6 +21,7 @@ from dspark_backend.sampling.verifier import Question
 from dspark_backend.target.batch import Batch, Rows
 from dspark_backend.target.device import DeviceDecoder, DeviceLayer, DeviceWeights
 from dspark_backend.target.device_linear import DeviceLinear
+from dspark_backend.target.protocol import Target
 
 QWEN3_4B = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -122,29 +123,25 @@ def random_decoder(
     )
 
 
-def plain_rate(decoder: DeviceDecoder, tokens: int, copy_bytes_per_s: float | None) -> Facts:
+def plain_rate(target: Target, tokens: int, read_bytes: int, copy_bytes_per_s: float) -> Facts:
     """Greedy decoding at batch 1, a pass and a verdict a token; ``share_of_bandwidth`` is how much
-    of a copy's bandwidth reading all weights once a token comes to."""
-    room = (tokens + 64) * decoder.kv_shape.bytes_per_token
-    kv = decoder.storage(None, room).new()
+    of a copy's bandwidth reading ``read_bytes`` of weights once a token comes to."""
+    room = (tokens + 64) * target.kv_shape.bytes_per_token
+    kv = target.storage(None, room).new()
     kv.reserve(tokens + 1)
     verifier, token = DeviceVerifier(), 1
-    sampler = Sampler(SamplingParams(), [token], decoder.config.vocab_size)
+    sampler = Sampler(SamplingParams(), [token], target.config.vocab_size)
     seconds = []
     for _ in range(tokens):
         began = time.perf_counter()
-        logits = decoder.forward(Batch([Rows(kv, (token,), 1)])).logits
+        logits = target.forward(Batch([Rows(kv, (token,), 1)])).logits
         (answer,) = verifier.ask(logits, [Question(sampler)])
         token = answer().next_token
         kv.length += 1
         seconds.append(time.perf_counter() - began)
     after_warming = sorted(seconds[len(seconds) // 4 :])
     usual = after_warming[len(after_warming) // 2]
-    read = weight_bytes(decoder)
-    facts: Facts = {"tok_per_s": 1 / usual, "weight_bytes": read}
-    if copy_bytes_per_s is not None:
-        facts["share_of_bandwidth"] = read / usual / copy_bytes_per_s
-    return facts
+    return {"tok_per_s": 1 / usual, "share_of_bandwidth": read_bytes / usual / copy_bytes_per_s}
 
 
 def weight_bytes(decoder: DeviceDecoder) -> int:
@@ -155,25 +152,25 @@ def weight_bytes(decoder: DeviceDecoder) -> int:
     return sum(linear.weight.nbytes for linear in linears)
 
 
-def host_gaps(decoder: DeviceDecoder, passes: int) -> Facts:
+def host_gaps(target: Target, device: torch.device, passes: int) -> Facts:
     """The share of steady passes in which the device runs no kernel, by torch's profiler."""
-    room = (passes + 80) * decoder.kv_shape.bytes_per_token
-    kv = decoder.storage(None, room).new()
+    room = (passes + 80) * target.kv_shape.bytes_per_token
+    kv = target.storage(None, room).new()
     kv.reserve(passes + 9)
     batch = Batch([Rows(kv, (1,), 1)])
     for _ in range(8):
-        decoder.forward(batch)
+        target.forward(batch)
         kv.length += 1
-    decoder.wait()
+    target.wait()
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if decoder.device.type == "cuda":
+    if device.type == "cuda":
         activities = [torch.profiler.ProfilerActivity.CUDA]
     began = time.perf_counter()
     with torch.profiler.profile(activities=activities) as profile:
         for _ in range(passes):
-            decoder.forward(batch)
+            target.forward(batch)
             kv.length += 1
-        decoder.wait()
+        target.wait()
         wall_s = time.perf_counter() - began
     busy_s = sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
     return {"passes": passes, "wall_s": wall_s, "busy_s": busy_s, "gap_share": 1 - busy_s / wall_s}
