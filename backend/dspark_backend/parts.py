@@ -88,8 +88,10 @@ def device_parts(
 def drafter_folder(
     files: ModelFiles, speculation: bool | None, folder: str | Path | None
 ) -> Path | None:
-    """Where the drafter to use is; None for plain decoding. Raises RequestError where ``speculation``
-    insists on one and there is none."""
+    """Where the drafter to use is; None for plain decoding.
+
+    Raises RequestError where ``speculation`` insists on one and there is none.
+    """
     if speculation is False:
         return None
     found = shipped_drafter(files.name) if folder is None else Path(folder)
