@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from dspark_backend.kernels.attention.cpu import attend
+from dspark_backend.kernels.attention.cpu import attend, attend_sequences
 from dspark_backend.kernels.attention.reference import attend as attend_reference
 
 HEADS = [(9, 3, 64), (14, 2, 64), (6, 2, 128), (4, 4, 20)]
@@ -68,3 +68,31 @@ def test_capacity_does_not_change_bits() -> None:
     q, keys, values, positions = case(6, 2, 64, [70])
     wider = [torch.cat([t, torch.randn(2, 50, 64)], dim=1) for t in (keys, values)]
     np.testing.assert_array_equal(run(q, keys, values, positions), run(q, *wider, positions))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), HEADS)
+def test_sequences_together_have_the_bits_of_each_alone(
+    heads: int, kv_heads: int, width: int
+) -> None:
+    """Of different lengths, capacities and numbers of rows, one of them a chunk of a prompt."""
+    sequences = [
+        case(heads, kv_heads, width, positions)
+        for positions in ([5], [64, 65, 66], list(range(30)), [0], list(range(17, 24)))
+    ]
+    alone = np.concatenate([run(*each) for each in sequences])
+    ends = np.cumsum([len(each[3]) for each in sequences])
+    spans = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
+    caches = [(keys.numpy(), values.numpy()) for _, keys, values, _ in sequences]
+    q, positions = (np.concatenate([each[index].numpy() for each in sequences]) for index in (0, 3))
+    out = np.full(q.shape, np.nan, np.float32)
+    attend_sequences(
+        q,
+        spans,
+        np.array([keys.ctypes.data for keys, _ in caches]),
+        np.array([values.ctypes.data for _, values in caches]),
+        np.array([keys.shape[1] for keys, _ in caches]),
+        kv_heads,
+        positions,
+        out,
+    )
+    np.testing.assert_array_equal(out, alone)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from dspark_backend.kernels.address import floats_at
 from dspark_backend.kernels.attention.mix import mix
 from dspark_backend.kernels.attention.scores import padded, score_keys, soften
 from dspark_backend.kernels.jit import kernel, parallel_kernel, prange
@@ -41,6 +42,27 @@ def _rows(
         mix(scores[r], values, seen[r], out[r])
 
 
+@kernel
+def _piece(
+    q: NDArray[np.float32],
+    keys: NDArray[np.float32],
+    values: NDArray[np.float32],
+    positions: NDArray[np.int64],
+    h: int,
+    out: NDArray[np.float32],
+) -> None:
+    """At most ``_TOGETHER`` rows of one sequence, for kv head ``h``; arguments as :func:`attend`'s,
+    for those rows."""
+    rows, heads, width = q.shape
+    group = heads // keys.shape[0]
+    seen = positions + 1
+    mine = q[:, h * group : (h + 1) * group].copy()
+    scores = np.empty((rows, group, padded(seen.max())), np.float32)
+    mixed = np.empty((rows, group, width), np.float32)
+    _rows(mine, keys[h], values[h], seen, scores, mixed)
+    out[:, h * group : (h + 1) * group] = mixed
+
+
 @parallel_kernel
 def attend(
     q: NDArray[np.float32],
@@ -54,17 +76,47 @@ def attend(
     ``q`` float32 [R, H, hd]; ``keys``, ``values`` [Hkv, capacity, hd]; ``positions`` int64 [R]:
     row r sees cache positions <= positions[r]; ``out`` [R, H, hd], must not alias ``q``.
     """
-    rows, heads, width = q.shape
-    kv_heads = keys.shape[0]
-    group = heads // kv_heads
+    rows, kv_heads = q.shape[0], keys.shape[0]
     pieces = (rows + _TOGETHER - 1) // _TOGETHER
     for item in prange(pieces * kv_heads):
         # Pieces in reverse: the longest first, so that the threads end together.
         piece, h = pieces - 1 - item // kv_heads, item % kv_heads
         first, last = piece * _TOGETHER, min(rows, (piece + 1) * _TOGETHER)
-        seen = positions[first:last] + 1
-        mine = q[first:last, h * group : (h + 1) * group].copy()
-        scores = np.empty((last - first, group, padded(seen.max())), np.float32)
-        mixed = np.empty((last - first, group, width), np.float32)
-        _rows(mine, keys[h], values[h], seen, scores, mixed)
-        out[first:last, h * group : (h + 1) * group] = mixed
+        _piece(q[first:last], keys, values, positions[first:last], h, out[first:last])
+
+
+@parallel_kernel
+def attend_sequences(
+    q: NDArray[np.float32],
+    spans: NDArray[np.int64],
+    keys_at: NDArray[np.int64],
+    values_at: NDArray[np.int64],
+    capacities: NDArray[np.int64],
+    kv_heads: int,
+    positions: NDArray[np.int64],
+    out: NDArray[np.float32],
+) -> None:
+    """:func:`attend` for the rows of several sequences, in one call: a call for each costs as much
+    as a short context.
+
+    Rows ``spans[s, 0]`` to ``spans[s, 1]`` are sequence s's, whose float32 keys and values
+    [kv_heads, capacities[s], hd] lie, contiguous, at the addresses ``keys_at[s]`` and
+    ``values_at[s]``.
+    """
+    sequences, width = spans.shape[0], q.shape[2]
+    pieces = np.zeros(sequences + 1, np.int64)
+    for s in range(sequences):
+        rows = spans[s, 1] - spans[s, 0]
+        pieces[s + 1] = pieces[s] + (rows + _TOGETHER - 1) // _TOGETHER
+    owners = np.empty(pieces[sequences], np.int64)
+    for s in range(sequences):
+        owners[pieces[s] : pieces[s + 1]] = s
+    for item in prange(pieces[sequences] * kv_heads):
+        piece, h = item // kv_heads, item % kv_heads
+        s = owners[piece]
+        shape = (kv_heads, capacities[s], width)
+        keys = floats_at(keys_at[s], shape)
+        values = floats_at(values_at[s], shape)
+        first = spans[s, 0] + (piece - pieces[s]) * _TOGETHER
+        last = min(spans[s, 1], first + _TOGETHER)
+        _piece(q[first:last], keys, values, positions[first:last], h, out[first:last])
