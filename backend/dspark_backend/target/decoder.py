@@ -19,7 +19,7 @@ from dspark_backend.kernels.norm.cpu import add_rms_norm, rms_norm
 from dspark_backend.kernels.rope.cpu import rope_append
 from dspark_backend.kernels.swiglu.cpu import silu_mul
 from dspark_backend.kv.budget import KVShape
-from dspark_backend.kv.contiguous import ContiguousStorage, contiguous
+from dspark_backend.kv.contiguous import ContiguousStorage, SequenceKV, contiguous
 from dspark_backend.target.batch import Batch
 from dspark_backend.target.linear import Linear
 from dspark_backend.target.protocol import Pass
@@ -66,6 +66,26 @@ class _Workspace:
         self.gated = np.empty((rows, config.intermediate_size), np.float32)
 
 
+class _Caches:
+    """Where the sequences of a pass lie, for kernels that read them all in one call."""
+
+    def __init__(self, sequences: Sequence[SequenceKV], spans: Sequence[tuple[int, int]]) -> None:
+        self._sequences = sequences  # whose memory must outlive the addresses
+        self.spans = np.array(spans, np.int64)
+        self.capacities = np.array([kv.keys.shape[2] for kv in sequences], np.int64)
+        self._keys = np.array([kv.keys.ctypes.data for kv in sequences], np.int64)
+        self._values = np.array([kv.values.ctypes.data for kv in sequences], np.int64)
+        self._layer = np.array([kv.keys.strides[0] for kv in sequences], np.int64)
+
+    def keys_of(self, layer: int) -> NDArray[np.int64]:
+        """Addresses of the layer's keys."""
+        return self._keys + layer * self._layer
+
+    def values_of(self, layer: int) -> NDArray[np.int64]:
+        """Addresses of the layer's values."""
+        return self._values + layer * self._layer
+
+
 class Decoder:
     """A target model on the CPU.
 
@@ -94,6 +114,7 @@ class Decoder:
         x = weights.embedding[token_ids].float().numpy()
         sequences = [contiguous(rows.kv) for rows in batch.sequences]
         spans, positions = self._spans(batch)
+        caches = _Caches(sequences, spans)
         features = np.empty((batch.rows, len(taps) * config.hidden_size), np.float32)
         column = self._tap(features, 0, x, -1 in taps)
         eps = config.rms_norm_eps
@@ -109,7 +130,10 @@ class Decoder:
                     work.qkv[first:last], at, self._cos, self._sin,
                     layer.q_norm, layer.k_norm, eps, q, keys, values,
                 )  # fmt: skip
-                attend(q, keys, values, at, work.mixed[first:last])
+            attend(
+                work.q, caches.spans, caches.keys_of(index), caches.values_of(index),
+                caches.capacities, config.num_kv_heads, positions, work.mixed,
+            )  # fmt: skip
             layer.output(work.mixed.reshape(flat), work.delta)
             add_rms_norm(x, work.delta, layer.post_norm, eps, work.normed)
             layer.gate_up(work.normed, work.gate_up)

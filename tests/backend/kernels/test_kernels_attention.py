@@ -7,23 +7,39 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from dspark_backend.kernels.attention.cpu import attend, attend_sequences
+from dspark_backend.kernels.attention.cpu import attend
 from dspark_backend.kernels.attention.reference import attend as attend_reference
 
+Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 HEADS = [(9, 3, 64), (14, 2, 64), (6, 2, 128), (4, 4, 20)]
 
 
 def run(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
 ) -> NDArray[np.float32]:
-    out = np.full(tuple(q.shape), np.nan, np.float32)
-    attend(q.numpy(), keys.numpy(), values.numpy(), positions.numpy(), out)
+    return together([(q, keys, values, positions)])
+
+
+def together(sequences: list[Case]) -> NDArray[np.float32]:
+    """One call for all of them."""
+    ends = np.cumsum([len(positions) for *_, positions in sequences])
+    caches = [(keys.numpy(), values.numpy()) for _, keys, values, _ in sequences]
+    q = np.concatenate([q.numpy() for q, *_ in sequences])
+    out = np.full(q.shape, np.nan, np.float32)
+    attend(
+        q,
+        np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1),
+        np.array([keys.ctypes.data for keys, _ in caches]),
+        np.array([values.ctypes.data for _, values in caches]),
+        np.array([keys.shape[1] for keys, _ in caches]),
+        caches[0][0].shape[0],
+        np.concatenate([positions.numpy() for *_, positions in sequences]),
+        out,
+    )
     return out
 
 
-def case(
-    heads: int, kv_heads: int, width: int, positions: list[int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def case(heads: int, kv_heads: int, width: int, positions: list[int]) -> Case:
     rng = torch.Generator().manual_seed(heads * 100 + width)
     capacity = max(positions) + 9
     keys, values = torch.randn(2, kv_heads, capacity, width, generator=rng)
@@ -80,19 +96,4 @@ def test_sequences_together_have_the_bits_of_each_alone(
         for positions in ([5], [64, 65, 66], list(range(30)), [0], list(range(17, 24)))
     ]
     alone = np.concatenate([run(*each) for each in sequences])
-    ends = np.cumsum([len(each[3]) for each in sequences])
-    spans = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
-    caches = [(keys.numpy(), values.numpy()) for _, keys, values, _ in sequences]
-    q, positions = (np.concatenate([each[index].numpy() for each in sequences]) for index in (0, 3))
-    out = np.full(q.shape, np.nan, np.float32)
-    attend_sequences(
-        q,
-        spans,
-        np.array([keys.ctypes.data for keys, _ in caches]),
-        np.array([values.ctypes.data for _, values in caches]),
-        np.array([keys.shape[1] for keys, _ in caches]),
-        kv_heads,
-        positions,
-        out,
-    )
-    np.testing.assert_array_equal(out, alone)
+    np.testing.assert_array_equal(together(sequences), alone)

@@ -66,28 +66,6 @@ def _piece(
 @parallel_kernel
 def attend(
     q: NDArray[np.float32],
-    keys: NDArray[np.float32],
-    values: NDArray[np.float32],
-    positions: NDArray[np.int64],
-    out: NDArray[np.float32],
-) -> None:
-    """Rows of one sequence over its cache.
-
-    ``q`` float32 [R, H, hd]; ``keys``, ``values`` [Hkv, capacity, hd]; ``positions`` int64 [R]:
-    row r sees cache positions <= positions[r]; ``out`` [R, H, hd], must not alias ``q``.
-    """
-    rows, kv_heads = q.shape[0], keys.shape[0]
-    pieces = (rows + _TOGETHER - 1) // _TOGETHER
-    for item in prange(pieces * kv_heads):
-        # Pieces in reverse: the longest first, so that the threads end together.
-        piece, h = pieces - 1 - item // kv_heads, item % kv_heads
-        first, last = piece * _TOGETHER, min(rows, (piece + 1) * _TOGETHER)
-        _piece(q[first:last], keys, values, positions[first:last], h, out[first:last])
-
-
-@parallel_kernel
-def attend_sequences(
-    q: NDArray[np.float32],
     spans: NDArray[np.int64],
     keys_at: NDArray[np.int64],
     values_at: NDArray[np.int64],
@@ -96,12 +74,13 @@ def attend_sequences(
     positions: NDArray[np.int64],
     out: NDArray[np.float32],
 ) -> None:
-    """:func:`attend` for the rows of several sequences, in one call: a call for each costs as much
-    as a short context.
+    """The rows of a pass, each over the cache of its sequence, in one call: a call for each
+    sequence costs as much as a short context.
 
-    Rows ``spans[s, 0]`` to ``spans[s, 1]`` are sequence s's, whose float32 keys and values
-    [kv_heads, capacities[s], hd] lie, contiguous, at the addresses ``keys_at[s]`` and
-    ``values_at[s]``.
+    ``q`` float32 [R, H, hd]. Rows ``spans[s, 0]`` to ``spans[s, 1]`` are sequence s's, whose
+    float32 keys and values [kv_heads, capacities[s], hd] lie, contiguous, at the addresses
+    ``keys_at[s]`` and ``values_at[s]``. ``positions`` int64 [R], which rise within a sequence: row
+    r sees cache positions <= positions[r]. ``out`` [R, H, hd], must not alias ``q``.
     """
     sequences, width = spans.shape[0], q.shape[2]
     pieces = np.zeros(sequences + 1, np.int64)
@@ -112,7 +91,8 @@ def attend_sequences(
     for s in range(sequences):
         owners[pieces[s] : pieces[s + 1]] = s
     for item in prange(pieces[sequences] * kv_heads):
-        piece, h = item // kv_heads, item % kv_heads
+        # Pieces in reverse: of a sequence the longest first, so that the threads end together.
+        piece, h = pieces[sequences] - 1 - item // kv_heads, item % kv_heads
         s = owners[piece]
         shape = (kv_heads, capacities[s], width)
         keys = floats_at(keys_at[s], shape)
