@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -97,3 +101,32 @@ def test_sequences_together_have_the_bits_of_each_alone(
     ]
     alone = np.concatenate([run(*each) for each in sequences])
     np.testing.assert_array_equal(together(sequences), alone)
+
+
+_MANY_PASSES = """
+import numpy as np
+from dspark_backend.kernels import jit
+from dspark_backend.kernels.attention.cpu import attend
+rng = np.random.default_rng(0)
+rows, heads, capacity = 64, 14, 380
+q = rng.standard_normal((rows, heads, 64)).astype(np.float32)
+keys, values = rng.standard_normal((2, 2, capacity, 64)).astype(np.float32)
+def run():
+    out = np.empty_like(q)
+    attend(q, np.array([[0, rows]]), np.array([keys.ctypes.data]), np.array([values.ctypes.data]),
+           np.array([capacity]), 2, np.arange(300, 300 + rows), out)
+    return out
+with jit.threads(1):
+    alone = run()
+with jit.threads(2):
+    assert all(np.array_equal(run(), alone) for _ in range(200))
+"""
+
+
+def test_threads_that_share_a_heap_do_not_write_to_each_others_buffers() -> None:
+    """With one heap, what a thread frees too early is at once another's (glibc)."""
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", _MANY_PASSES], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

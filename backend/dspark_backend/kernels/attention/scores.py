@@ -48,17 +48,19 @@ def score_keys(
                     dot += q[n, i] * keys[j, i]
                 scores[n, j] = dot
         return
+    # Its address is asked for at every use: Numba frees an array after the last one, which a name
+    # for the address would not be.
     turned = np.empty((width, LANES), np.float32)
-    side, ldo = turned.ctypes.data, scores.strides[0] // 4
+    ldo = scores.strides[0] // 4
     for j in range(0, count, LANES):
         key, some = keys.ctypes.data + 4 * width * j, min(LANES, count - j)
         at, to, n = q.ctypes.data, scores.ctypes.data + 4 * j, queries
         if width == 64:
-            _turn_64(key, some, side)
+            _turn_64(key, some, turned.ctypes.data)
         else:
-            _turn_128(key, some, side)
+            _turn_128(key, some, turned.ctypes.data)
         while n > 0:
-            done = _score_some(at, width, side, to, ldo, n)
+            done = _score_some(at, width, turned.ctypes.data, to, ldo, n)
             at += 4 * width * done
             to += 4 * ldo * done
             n -= done
