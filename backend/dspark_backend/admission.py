@@ -36,15 +36,13 @@ class Admission:
 
         After True, :meth:`fill` is the next call. ``live`` are all sessions of the engine.
         """
-        session = step.session
-        others = [other for other in live if other is not session and other.kv.capacity]
-        source: KV | None = None
-        shared = 0
-        if session.kv.length == 0:
-            logs = ((other.log, other.kv) for other in others)
-            source, shared = self._pool.longest(session.log, logs)
-        self._source = source, shared
-        return self._pool.make_room(session.kv, self._needed(step), _idle(others), source, shared)
+        self._source = source, shared = self._longest(step, live)
+        idle = _idle(_others(step, live))
+        return self._pool.make_room(step.session.kv, self._needed(step), idle, source, shared)
+
+    def known(self, step: RunningStep, live: Sequence[Session]) -> int:
+        """How many tokens of its log ``step`` could take over now."""
+        return self._longest(step, live)[1]
 
     def fill(self, step: RunningStep) -> None:
         """Reserve the room, and take over what another sequence has of the log already."""
@@ -57,8 +55,20 @@ class Admission:
         else:
             self._pool.reserve(kv, self._needed(step))
 
+    def _longest(self, step: RunningStep, live: Sequence[Session]) -> tuple[KV | None, int]:
+        session = step.session
+        if session.kv.length:
+            return None, 0
+        logs = ((other.log, other.kv) for other in _others(step, live))
+        return self._pool.longest(session.log, logs)
+
     def _needed(self, step: RunningStep) -> int:
         return len(step.session.log) + step.request.max_new_tokens + self._margin
+
+
+def _others(step: RunningStep, live: Sequence[Session]) -> list[Session]:
+    """Sessions that hold memory, but for the step's own."""
+    return [other for other in live if other is not step.session and other.kv.capacity]
 
 
 def _idle(sessions: Sequence[Session]) -> list[KV]:

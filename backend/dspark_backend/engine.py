@@ -262,7 +262,7 @@ class Engine:
         """Cancel what runs, free the memory, end the thread. Idempotent."""
         with self.lock:
             self._closing = True
-            for step in (*self._loop.waiting, *self._loop.running):
+            for step in self._loop.unfinished:
                 step.cancel()
             self._work.notify()
         if threading.current_thread() is not self._thread:

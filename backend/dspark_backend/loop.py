@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dspark_backend.admission import Admission
+from dspark_backend.beginning import Beginning, awaited
 from dspark_backend.cycle import Cycle, Judged
 from dspark_backend.kernels import jit
 from dspark_backend.kv.pool import SequencePool
@@ -60,6 +61,8 @@ class StepLoop:
         step ran."""
         self.waiting: WaitingLine[RunningStep] = WaitingLine()
         self.running: list[RunningStep] = []
+        # Out of the line, and next to be admitted once somebody has computed how they begin.
+        self._following: dict[RunningStep, Beginning] = {}
         self._target = target
         self._verifier = verifier
         self._pool = pool
@@ -75,7 +78,12 @@ class StepLoop:
 
     @property
     def idle(self) -> bool:
-        return not (self.waiting or self.running)
+        return not (self.waiting or self._following or self.running)
+
+    @property
+    def unfinished(self) -> list[RunningStep]:
+        """All steps that were submitted and are not over."""
+        return [*self.waiting, *self._following, *self.running]
 
     def submit(self, step: RunningStep) -> None:
         """Queue ``step``."""
@@ -153,25 +161,49 @@ class StepLoop:
 
     def _drop_cancelled(self) -> None:
         waiting = [step for step in self.waiting if step.cancelled]
+        following = [step for step in self._following if step.cancelled]
         for step in waiting:
             self.waiting.remove(step)
-        for step in (*waiting, *self.running):
+        for step in following:
+            del self._following[step]
+        for step in (*waiting, *following, *self.running):
             if step.cancelled:
                 self._guarded(step, partial(step.finish, FinishReason.CANCELLED))
         self._sweep()
 
     def _admit(self, live: Sequence[Session]) -> None:
         """Admit who is next while there is room; nobody passes a step that waits for memory."""
-        while len(self.running) < self._limits.running:
-            step = self.waiting.next
-            if step is None or not self._admission.make_room(step, live):
+        while (step := self._next(live)) is not None:
+            if not self._admission.make_room(step, live):
                 return
-            self.waiting.take()
+            if step in self._following:
+                del self._following[step]
+            else:
+                self.waiting.take()
             for other in self.running:  # their beginnings may be copied
                 self._guarded(other, partial(self._catch_up, other))
             self._guarded(step, partial(self._start, step))
             if not step.finished:
                 self.running.append(step)
+
+    def _next(self, live: Sequence[Session]) -> RunningStep | None:
+        """Whose turn it is to be admitted. Who waits for a beginning has left the line, so that
+        others pass; it keeps its place among those that may run, and is next when that is there."""
+        for follower, beginning in self._following.items():
+            if beginning.settled:
+                further = self._awaited(follower, live)
+                if further is None:
+                    return follower
+                self._following[follower] = further
+        while len(self.running) + len(self._following) < self._limits.running:
+            step = self.waiting.next
+            if step is None or (ahead := self._awaited(step, live)) is None:
+                return step
+            self._following[self.waiting.take()] = ahead
+        return None
+
+    def _awaited(self, step: RunningStep, live: Sequence[Session]) -> Beginning | None:
+        return awaited(step, self.running, self._admission.known(step, live))
 
     def _start(self, step: RunningStep) -> None:
         self._admission.fill(step)

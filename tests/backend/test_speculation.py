@@ -271,6 +271,26 @@ def test_fork_rollback_and_prefix_hits_bring_the_draft_context_along(
         assert outcome.metrics.accepted["script"] >= 20
 
 
+def test_a_beginning_computed_by_another_brings_the_draft_context_along(
+    plain: Engine, speculative: Callable[..., Speculative]
+) -> None:
+    fast = speculative()
+    shared = tuple(40 + i % 50 for i in range(300))
+    steps = [StepRequest((*shared, 100 + i), 20, ignore_eos=True) for i in range(3)]
+    texts = [expected(plain, step, fast.drafter) for step in steps]
+    sessions = [fast.engine.open_session() for _ in steps]
+    with fast.engine.lock:
+        handles = [
+            fast.engine.submit(session, step) for session, step in zip(sessions, steps, strict=True)
+        ]
+    for handle, text in zip(handles, texts, strict=True):
+        assert handle.result().token_ids == text
+        assert handle.result().metrics.accepted["script"] > 10
+    assert [handle.result().metrics.prefill_new_tokens for handle in handles] == [301, 1, 1]
+    for session in sessions:
+        session.close()
+
+
 def test_a_prefill_and_an_eviction_bring_the_draft_context_along(
     plain: Engine, speculative: Callable[..., Speculative]
 ) -> None:
