@@ -319,7 +319,7 @@ def test_drafts_alone_are_held_against_drafts_alone() -> None:
     }
 
 
-def test_contenders_differ_in_their_budget_alone_unless_they_have_drafts_alone(
+def test_contenders_differ_in_their_policy_alone_unless_they_have_drafts_alone(
     model: str, trace: Path
 ) -> None:
     base = crowd_spec(Subject.of(model), Terms(speculation=True), read_trace(trace), 1)
@@ -329,9 +329,12 @@ def test_contenders_differ_in_their_budget_alone_unless_they_have_drafts_alone(
     assert ours.signals is None
     alone = contestant("step_aware:drafts", base, None)
     assert replace(alone, signals=None) == ours
-    assert alone.signals == Signals.drafts_alone()
+    assert alone.signals == Signals(copies=False, splice=False)
+    theirs = contestant("prefix_throughput:drafts", base, None)
+    assert replace(theirs, signals=None) == other
+    assert theirs.signals == Signals.drafts_alone()
     mtp = contestant("mtp", base, trace.parent)
-    assert (mtp.policy, mtp.drafter, mtp.signals) == ("fixed", trace.parent, alone.signals)
+    assert (mtp.policy, mtp.drafter, mtp.signals) == ("fixed", trace.parent, theirs.signals)
 
 
 def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:

@@ -264,6 +264,8 @@ def test_free_tokens_are_given_to_the_policy_as_such() -> None:
     seen: list[Candidate] = []
 
     class Spy:
+        parks = False
+
         def lengths(self, candidates: Sequence[Candidate], cost: CycleCost) -> list[int]:
             seen.extend(candidates)
             return [each.certain for each in candidates]

@@ -29,6 +29,7 @@ from dspark_backend.bench.pareto_report import (
 from dspark_backend.bench.trace import TraceRun, read_trace
 from dspark_backend.catalog import ProgressSink
 from dspark_backend.speculation.policies import named
+from dspark_backend.speculation.signals import Signals
 
 OURS: Final = "step_aware"
 CONTENDERS: Final = (
@@ -48,9 +49,11 @@ class ParetoSettings:
     """What to run. ``traces`` are JSON-lines files, see :mod:`dspark_backend.bench.trace`, of which
     the first ``limit`` lines count; ``contenders`` are names of budget policies beside ``plain``,
     which always takes part. All of them have the same proposers and signals, so that nothing but
-    the budget tells them apart; a name that ends in ``:drafts`` has the drafter's blocks alone, as
-    engines without agents do. ``mtp`` is the folder of a drafter whose whole blocks, alone, one
-    more contender verifies. Of ``terms``, precision, threads and drafter count."""
+    the policy tells them apart: how much is verified and, with ``step_aware``, whether the drafter
+    is asked at all. A name that ends in ``:drafts`` has the drafter's blocks alone; then policies
+    but ours know no agents, as in other engines: no calibration by step kind. ``mtp`` is the folder
+    of a drafter whose whole blocks, alone, one more contender verifies. Of ``terms``, precision,
+    threads and drafter count."""
 
     model: str
     traces: tuple[Path, ...]
@@ -126,6 +129,9 @@ def contestant(name: str, base: ContenderSpec, mtp: Path | None) -> ContenderSpe
         return plain_spec(base)
     if name == MTP:
         return drafting_spec(replace(base, drafter=mtp), "fixed")
+    if name == f"{OURS}{ALONE}":
+        signals = Signals(copies=False, splice=False)
+        return replace(base, speculation=True, policy=OURS, signals=signals)
     if name.endswith(ALONE):
         return drafting_spec(base, name.removesuffix(ALONE))
     return replace(base, speculation=True, policy=name)

@@ -77,6 +77,7 @@ class Arbiter:
         self._policy = policy
         self._careful = _without_anticipation(policy)
         self._never = isinstance(policy, Fixed) and policy.length == 0
+        self._parks = signals.parking and policy.parks and cost is not None
         self._calibrator = SurvivalCalibrator()
         self._outlook = Outlook(block_size)
         self._block_size = block_size
@@ -120,7 +121,7 @@ class Arbiter:
             copy = copies.get(index)
             if step.room > 0 and (copy is None or copy.gain < sum(expected)):
                 wanting.append(index)
-        if not self.signals.parking or self._cost is None or not wanting:
+        if not (self._parks and wanting):
             return wanting
         return self._worth_it(steps, wanting, copies, others)
 

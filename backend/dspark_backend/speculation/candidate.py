@@ -91,5 +91,10 @@ class CycleCost(Protocol):
 class BudgetPolicy(Protocol):
     """Decides how much of every proposal the next pass verifies."""
 
+    @property
+    def parks(self) -> bool:
+        """Whether the engine asks the drafter only where its call is expected to pay for itself
+        (``parking.py``), and decodes plainly otherwise; without, it is asked in every cycle."""
+
     def lengths(self, candidates: Sequence[Candidate], cost: CycleCost) -> list[int]:
         """Proposed tokens to verify, one number a candidate, within [certain, most]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 from dspark_backend.speculation.candidate import BudgetError, BudgetPolicy, Candidate, CycleCost
 from dspark_backend.speculation.step_aware import StepAware
@@ -17,6 +17,8 @@ class Fixed:
 
     Raises BudgetError for a negative length.
     """
+
+    parks: ClassVar[bool] = False
 
     length: int
 
@@ -35,6 +37,8 @@ class Threshold:
 
     Raises BudgetError for a negative length and for no probability.
     """
+
+    parks: ClassVar[bool] = False
 
     length: int
     survival: float

@@ -13,7 +13,8 @@ class Signals:
     with a copy where its drafts or a forced span end. ``guided``: drafts are chosen under the
     grammar, and confidences corrected by the mass it masks. ``known``: drafting goes on over
     committed tokens that are not computed yet. ``calibration``: survivals follow what is accepted,
-    by step kind and mask width. ``parking``: the drafter is not asked where it does not pay.
+    by step kind and mask width. ``parking``: under a policy that parks, the
+    drafter is not asked where it does not pay.
     """
 
     copies: bool = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from dspark_backend.speculation.admission import (
     Draft,
@@ -40,6 +40,8 @@ class StepAware:
 
     Raises BudgetError for a block or a horizon of no drafts.
     """
+
+    parks: ClassVar[bool] = True
 
     anticipating: bool = True
     block_size: int = 8

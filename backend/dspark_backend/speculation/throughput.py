@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import ClassVar, Final
 
 from dspark_backend.speculation.admission import PassSeconds, by_value, lengths_of
 from dspark_backend.speculation.candidate import Candidate, CycleCost
@@ -27,6 +27,8 @@ class PrefixThroughput:
     Non-anticipating, since a draft's admission is settled by survivals no smaller than its own.
     Finds the best throughput where the cost is convex in rows; a jagged curve stops it at a step.
     """
+
+    parks: ClassVar[bool] = False
 
     def lengths(self, candidates: Sequence[Candidate], cost: CycleCost) -> list[int]:
         if not candidates:
@@ -51,6 +53,8 @@ class StaleCapacity:
     requests has changed since, the capacity is taken a request. Until there are two iterations it
     decides as Algorithm 1 does.
     """
+
+    parks: ClassVar[bool] = False
 
     history: deque[tuple[Candidate, ...]] = field(default_factory=lambda: deque(maxlen=STALENESS))
 

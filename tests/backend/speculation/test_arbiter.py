@@ -12,10 +12,11 @@ from dspark_backend.speculation.block import Block, Offer, unconstrained
 from dspark_backend.speculation.candidate import BudgetPolicy, Candidate
 from dspark_backend.speculation.copy import CopyProposer
 from dspark_backend.speculation.copy_acceptance import CopyAcceptance
-from dspark_backend.speculation.policies import Fixed
+from dspark_backend.speculation.policies import Fixed, Threshold
 from dspark_backend.speculation.protocol import Proposal
 from dspark_backend.speculation.signals import Signals
 from dspark_backend.speculation.step_aware import StepAware
+from dspark_backend.speculation.throughput import PrefixThroughput
 
 
 @dataclass
@@ -94,6 +95,14 @@ def test_a_drafter_that_is_always_wrong_is_parked_and_tried_again() -> None:
 
 def test_parking_can_be_turned_off() -> None:
     mind, step = arbiter(Cost(draft=5.0), signals=Signals(parking=False)), Step()
+    for _ in range(50):
+        assert mind.to_draft([step], {}, []) == [0]
+        mind.drafted(step, Proposal((1, 2), (0.05, 0.01), "dspark"))
+
+
+@pytest.mark.parametrize("policy", [Fixed(2), Threshold(4, 0.5), PrefixThroughput()])
+def test_policies_that_do_not_count_the_draft_always_draft(policy: BudgetPolicy) -> None:
+    mind, step = arbiter(Cost(draft=5.0), policy), Step()
     for _ in range(50):
         assert mind.to_draft([step], {}, []) == [0]
         mind.drafted(step, Proposal((1, 2), (0.05, 0.01), "dspark"))

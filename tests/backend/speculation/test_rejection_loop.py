@@ -213,6 +213,8 @@ def test_illegal_drafts_are_rejected_into_the_residual_and_must_not_be_cut(
 class Retrospective:
     """Looks at the whole block before it decides about the first draft: c_2 knows x_1."""
 
+    parks = False
+
     def lengths(self, candidates: Sequence[Candidate], cost: CycleCost) -> list[int]:
         return [self._length(each.survival, each.most) for each in candidates]
 
