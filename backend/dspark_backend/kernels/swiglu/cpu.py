@@ -6,9 +6,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark_backend.kernels.exponential import exp
-from dspark_backend.kernels.jit import parallel_kernel, prange
+from dspark_backend.kernels.jit import exact_kernel, parallel_kernel, prange
 
 _CHUNK = 1024
+
+
+@exact_kernel
+def _gated(gate: NDArray[np.float32], up: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    # Slices, since LLVM vectorises loops over arrays that begin where the loop does.
+    for i in range(out.shape[0]):
+        out[i] = gate[i] / (np.float32(1.0) + exp(-gate[i])) * up[i]
 
 
 @parallel_kernel
@@ -18,6 +25,6 @@ def silu_mul(gate_up: NDArray[np.float32], out: NDArray[np.float32]) -> None:
     chunks = (width + _CHUNK - 1) // _CHUNK
     for item in prange(rows * chunks):
         r, first = item // chunks, (item % chunks) * _CHUNK
-        for i in range(first, min(width, first + _CHUNK)):
-            gate = gate_up[r, i]
-            out[r, i] = gate / (np.float32(1.0) + exp(-gate)) * gate_up[r, width + i]
+        last = min(width, first + _CHUNK)
+        up = gate_up[r, width + first : width + last]
+        _gated(gate_up[r, first:last], up, out[r, first:last])
