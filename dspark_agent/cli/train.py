@@ -25,7 +25,7 @@ class StorageName(StrEnum):
 
 
 # What a drafter to go on from has settled already.
-_SHAPE = ("layers", "block_size", "head", "rank", "draft_vocab", "taps")
+_SHAPE = ("layers", "block_size", "head", "rank", "taps")
 
 
 def train(
@@ -49,7 +49,10 @@ def train(
     ] = None,
     start: Annotated[
         Path | None,
-        typer.Option(exists=True, help="A drafter to go on from; its shape and vocabulary stay."),
+        typer.Option(
+            exists=True,
+            help="A drafter to go on from; --draft-vocab can widen its vocabulary.",
+        ),
     ] = None,
     answer_tokens: Annotated[int, typer.Option(min=1, help="To roll out for training.")] = 200_000,
     held_out_tokens: Annotated[int, typer.Option(min=1, help="To roll out and hold out.")] = 20_000,
@@ -97,6 +100,7 @@ def train(
         prompts=prompts,
         out=out_folder,
         start=start,
+        widen=draft_vocab if start is not None and _given(context, "draft_vocab") else None,
         layers=layers,
         block_size=block_size,
         head=HeadType(head.value),
@@ -137,12 +141,16 @@ def train(
 
 def _refuse_shape(context: typer.Context) -> None:
     for name in _SHAPE:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if _given(context, name):
             raise typer.BadParameter(
                 "the drafter of --start has its own; leave this option out",
                 param_hint="--" + name.replace("_", "-"),
             )
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:

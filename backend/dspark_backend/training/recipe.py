@@ -6,7 +6,7 @@ The defaults are the recipe that DSPARK.md section 4 reports for a small target 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from dspark_backend.training.prompts import Prompt, in_share, ordered, read_prom
 from dspark_backend.training.rollout import ReportSink as RolloutSink
 from dspark_backend.training.rollout import Rollout, RolloutConfig, read_rollouts, roll_out
 from dspark_backend.training.trainer import ProgressSink, Trainer, TrainerConfig
-from dspark_backend.training.vocabulary import draft_ids, draft_vocabulary
+from dspark_backend.training.vocabulary import draft_ids, draft_vocabulary, with_vocabulary
 from dspark_backend.training.warm_start import warm_start
 
 
@@ -46,6 +46,7 @@ class TrainConfig:
     row, ``draft_vocab`` None keeps the whole vocabulary.
     ``start`` is the folder of a drafter to go on from, such as a shipped one that is to learn an
     agent's own steps: its shape, taps and vocabulary stay, and the fields for them are not read.
+    ``widen`` adds tokens of the rollouts to that vocabulary until it has so many.
     ``device`` is where the drafter is trained; ``threads`` and ``precision`` are the engine's.
     """
 
@@ -63,6 +64,7 @@ class TrainConfig:
     first_sources: tuple[str, ...] = ()
     recorded: tuple[Path, ...] = ()
     start: Path | None = None
+    widen: int | None = None
     answer_tokens: int = 200_000
     held_out_tokens: int = 20_000
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -104,7 +106,8 @@ def train(config: TrainConfig, watchers: Watchers | None = None) -> Evaluation:
         d2t = _vocabulary(config, files, training)
         drafter = drafter_config(config, files, training)
     else:
-        d2t, drafter = start.d2t, start.config
+        d2t = _widened(config, files, training, start)
+        drafter = replace(start.config, draft_vocab_size=None if d2t is None else len(d2t))
     device = torch.device(config.device)
     model = _model(config, files, drafter, d2t, start).to(device)
     source = FeatureMemory(_features(config, files, drafter, d2t, device), config.feature_bytes)
@@ -219,6 +222,21 @@ def _vocabulary(config: TrainConfig, files: ModelFiles, rollouts: list[Rollout])
     )
 
 
+def _widened(
+    config: TrainConfig, files: ModelFiles, rollouts: list[Rollout], start: DrafterFiles
+) -> Tensor | None:
+    """The vocabulary of ``start``, and what ``config.widen`` adds."""
+    if config.widen is None or start.d2t is None:
+        return start.d2t
+    if config.widen < len(start.d2t):
+        raise TrainingError(
+            f"{config.start} has a draft vocabulary of {len(start.d2t)} tokens: it can be widened "
+            f"but not cut down to {config.widen}"
+        )
+    size = min(config.widen, files.config.vocab_size)
+    return draft_vocabulary(rollouts, files.config.vocab_size, size, always=start.d2t.tolist())
+
+
 def _draft_size(config: TrainConfig, vocab_size: int) -> int | None:
     size = config.draft_vocab
     return None if size is None or size >= vocab_size else size
@@ -256,7 +274,7 @@ def _model(
     if start is None:
         warm_start(model, store, config.trainer.seed)
     else:
-        model.load_state_dict(start.state())
+        model.load_state_dict(with_vocabulary(start.state(), start.d2t, d2t))
     return model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -39,6 +39,21 @@ def draft_vocabulary(
             if token < vocab_size:
                 chosen.setdefault(token)
     return torch.tensor(sorted(chosen), dtype=torch.int64)
+
+
+def with_vocabulary(
+    state: Mapping[str, Tensor], old: Tensor | None, new: Tensor | None
+) -> dict[str, Tensor]:
+    """A drafter's trained tensors as they are with the draft vocabulary ``new``, a superset of the
+    ``old`` one they are of (``d2t`` both, or None both): the head's bias of a token that is new is
+    0, so it begins with what the target's LM head says of it."""
+    name = "markov_head.markov_w2.weight"
+    if old is None or new is None or name not in state:
+        return dict(state)
+    rows = state[name]
+    wide = rows.new_zeros(len(new), rows.shape[1])
+    wide[torch.searchsorted(new, old)] = rows
+    return {**state, name: wide}
 
 
 def draft_ids(d2t: Tensor | None, vocab_size: int) -> Tensor:

@@ -115,6 +115,29 @@ def test_a_run_goes_on_from_a_drafter(
         train(replace(further, start=further.out / "drafter"))
 
 
+def test_a_start_may_learn_further_tokens(
+    config: TrainConfig, tiny_files: ModelFiles, tmp_path: Path
+) -> None:
+    train(config)
+    first = config.out / "drafter"
+    still = replace(config.trainer, steps=1, peak_rate=0.0)
+    wider = replace(config, start=first, widen=300, out=tmp_path / "wider", trainer=still)
+    train(wider)
+    a, b = (open_drafter(c.out / "drafter", tiny_files.config) for c in (config, wider))
+    assert a.d2t is not None
+    assert b.d2t is not None
+    assert len(b.d2t) == b.config.draft_vocab_size == 300
+    assert set(a.d2t.tolist()) < set(b.d2t.tolist())
+    w2 = "markov_head.markov_w2.weight"
+    known = torch.isin(b.d2t, a.d2t)
+    assert torch.equal(b.get(w2)[known], a.get(w2))
+    assert not b.get(w2)[~known].any()
+    others = [name for name in a.state() if name != w2]
+    assert all(torch.equal(a.get(name), b.get(name)) for name in others)
+    with pytest.raises(TrainingError, match="not cut down to 100"):
+        train(replace(wider, widen=100, out=tmp_path / "cut"))
+
+
 def test_a_start_of_another_target_is_refused_before_anything_is_written(
     config: TrainConfig,
 ) -> None:
