@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from dspark_backend.bench.explain import explain_table
 from dspark_backend.bench.lineup import TOKEN_BY_TOKEN, Terms
 from dspark_backend.bench.quality import QualitySettings, run_quality
 from dspark_backend.bench.steps import StepsSettings, run_steps
-from dspark_backend.bench.steps_report import StepsReport
+from dspark_backend.bench.steps_report import Spread, StepsReport, StepsRun
 from dspark_backend.bench.table import decode_table, quality_table, steps_table
 from dspark_backend.catalog import resolve
 
@@ -276,3 +276,19 @@ def test_token_by_token_makes_a_pass_for_every_token(
         passes[name] = [(len(step.token_ids), step.metrics.cycles) for step in run.steps]
     assert all(written <= cycles for written, cycles in passes[TOKEN_BY_TOKEN])
     assert any(written > cycles for written, cycles in passes["plain"])
+
+    def decoding_s(runs: Sequence[StepsRun]) -> float:
+        return sum(step.step_s - step.metrics.prefill_s for run in runs for step in run.steps)
+
+    peer = report.peers[TOKEN_BY_TOKEN]
+    assert peer.decoding == pytest.approx(decoding_s(peer.runs) / decoding_s(report.runs))
+    assert peer.decoding_by_kind.keys() == peer.speedup_by_kind.keys()
+    assert "decoding" in shown(steps_table(report))
+
+
+def test_what_is_unknown_of_a_peer_is_not_guessed() -> None:
+    ours = Spread(count=1, sum=2.0, median=2.0, p95=2.0, prefill_s=1.0)
+    theirs = Spread(count=1, sum=5.0, median=5.0, p95=5.0, prefill_s=2.0)
+    assert theirs.over(ours) == 2.5
+    assert theirs.decoding_over(ours) == 3.0
+    assert theirs.model_copy(update={"prefill_s": None}).decoding_over(ours) is None

@@ -92,9 +92,14 @@ def run_steps(
                 name: StepsPeer(
                     precision=peer.loaded.precision,
                     totals=totals[name],
-                    speedup=ratio(totals[name].step_s.sum, ours.step_s.sum),
+                    speedup=totals[name].step_s.over(ours.step_s),
                     speedup_by_kind={
-                        kind: ratio(totals[name].step_s.by_kind[kind].sum, spread.sum)
+                        kind: totals[name].step_s.by_kind[kind].over(spread)
+                        for kind, spread in ours.step_s.by_kind.items()
+                    },
+                    decoding=totals[name].step_s.decoding_over(ours.step_s),
+                    decoding_by_kind={
+                        kind: totals[name].step_s.by_kind[kind].decoding_over(spread)
                         for kind, spread in ours.step_s.by_kind.items()
                     },
                     runs=tuple(runs[name]),

@@ -114,7 +114,9 @@ class StepsRun(BaseModel):
 
 
 class Spread(BaseModel):
-    """Seconds of a set of steps: their sum, median and nearest-rank 95th percentile."""
+    """Seconds of a set of steps: their sum, median and nearest-rank 95th percentile; ``prefill_s``
+    is the part of the sum in which prompts were computed (with the first token, and a span forced
+    from the start), null for a peer, of which that is not known."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -122,6 +124,17 @@ class Spread(BaseModel):
     sum: float
     median: float
     p95: float
+    prefill_s: float | None
+
+    def over(self, ours: Spread) -> float | None:
+        """These seconds over ``ours``."""
+        return ratio(self.sum, ours.sum)
+
+    def decoding_over(self, ours: Spread) -> float | None:
+        """The same without prefills; None where either part is unknown."""
+        if self.prefill_s is None or ours.prefill_s is None:
+            return None
+        return ratio(self.sum - self.prefill_s, ours.sum - ours.prefill_s)
 
 
 class StepSeconds(Spread):
@@ -143,7 +156,8 @@ class StepsTotals(BaseModel):
 
 
 class StepsPeer(BaseModel):
-    """A peer's figures; ``speedup`` is the peer's summed step time over ours."""
+    """A peer's figures; ``speedup`` is the peer's summed step time over ours, ``decoding`` the same
+    without the prefills of either, which no way to decode makes shorter."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -151,6 +165,8 @@ class StepsPeer(BaseModel):
     totals: StepsTotals
     speedup: float | None
     speedup_by_kind: dict[StepKind, float | None]
+    decoding: float | None
+    decoding_by_kind: dict[StepKind, float | None]
     runs: tuple[StepsRun, ...]
 
 
@@ -190,9 +206,11 @@ def totals_of(runs: Sequence[StepsRun], peak_rss_bytes: int) -> StepsTotals:
 
 def _spread(steps: Sequence[Step]) -> Spread:
     seconds = [step.step_s for step in steps]
+    known = all(step.metrics.prefill_s > 0.0 for step in steps)  # our engine's always are
     return Spread(
         count=len(seconds),
         sum=sum(seconds),
         median=median(seconds) or 0.0,
         p95=percentile(seconds, 0.95) or 0.0,
+        prefill_s=sum(step.metrics.prefill_s for step in steps) if known else None,
     )

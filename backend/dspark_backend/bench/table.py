@@ -12,7 +12,7 @@ from dspark_backend.bench.cost import CostReport
 from dspark_backend.bench.decode import DecodeReport, DecodeTotals
 from dspark_backend.bench.quality import QualityReport
 from dspark_backend.bench.simulate import SimulateReport
-from dspark_backend.bench.steps_report import StepsReport, StepsTotals
+from dspark_backend.bench.steps_report import StepsPeer, StepsReport, StepsTotals
 from dspark_backend.request import StepKind
 
 if TYPE_CHECKING:  # importing it takes Triton, which a GPU alone needs
@@ -36,7 +36,7 @@ def decode_table(report: DecodeReport) -> Table:
             _milliseconds(totals.ttft_s),
             number(totals.accepted_length, ".2f"),
             decimal(totals.peak_rss_bytes),
-            "" if name == _OURS else f"{number(ratio, '.2f')}x",
+            "" if name == _OURS else times(ratio),
         )
 
     row(_OURS, report.precision, report.totals, None)
@@ -46,19 +46,32 @@ def decode_table(report: DecodeReport) -> Table:
 
 
 def steps_table(report: StepsReport) -> Table:
-    """Summed, median and p95 step time by kind for every contender, and the speed-up."""
+    """Summed, median and p95 step time by kind for every contender, and ours over theirs: whole
+    steps, and without their prefills."""
     steps = sum(len(run.steps) for run in report.runs)
     table = report_table(
         f"{report.model}, {len(report.runs)} runs of {steps} steps, {report.threads} threads",
-        ("steps", "sum s", "median ms", "p95 ms", "tokens", "valid", "cached", "speed-up"),
+        (
+            "steps",
+            "sum s",
+            "median ms",
+            "p95 ms",
+            "tokens",
+            "valid",
+            "cached",
+            "speed-up",
+            "decoding",
+        ),
     )
 
-    def row(
-        name: str,
-        totals: StepsTotals,
-        speedup: float | None,
-        by_kind: dict[StepKind, float | None],
-    ) -> None:
+    def row(name: str, totals: StepsTotals, peer: StepsPeer | None) -> None:
+        def ratios(kind: StepKind | None = None) -> tuple[str, str]:
+            if peer is None:
+                return "", ""
+            if kind is None:
+                return times(peer.speedup), times(peer.decoding)
+            return times(peer.speedup_by_kind.get(kind)), times(peer.decoding_by_kind.get(kind))
+
         table.add_row(
             name,
             str(totals.step_s.count),
@@ -68,7 +81,7 @@ def steps_table(report: StepsReport) -> Table:
             str(totals.new_tokens),
             f"{totals.valid_share:.0%}",
             "" if totals.cached_share is None else f"{totals.cached_share:.1%}",
-            "" if name == _OURS else f"{number(speedup, '.2f')}x",
+            *ratios(),
         )
         for kind, spread in totals.step_s.by_kind.items():
             table.add_row(
@@ -80,12 +93,12 @@ def steps_table(report: StepsReport) -> Table:
                 "",
                 "",
                 "",
-                "" if name == _OURS else f"{number(by_kind.get(kind), '.2f')}x",
+                *ratios(kind),
             )
 
-    row(_OURS, report.totals, None, {})
+    row(_OURS, report.totals, None)
     for name, peer in report.peers.items():
-        row(name, peer.totals, peer.speedup, peer.speedup_by_kind)
+        row(name, peer.totals, peer)
     return table
 
 
@@ -191,6 +204,11 @@ def report_table(title: str, columns: tuple[str, ...]) -> Table:
 def number(value: float | None, form: str) -> str:
     """``value`` in the format ``form``; a dash where there is none."""
     return "-" if value is None else format(value, form)
+
+
+def times(value: float | None) -> str:
+    """A ratio; a dash where there is none."""
+    return "-" if value is None else f"{value:.2f}x"
 
 
 def _milliseconds(seconds: float | None) -> str:
