@@ -12,7 +12,6 @@ from pathlib import Path
 from dspark_backend.bench.contender import Sample, Turn
 from dspark_backend.bench.host import host_facts
 from dspark_backend.bench.lineup import Lineup, Subject, Terms
-from dspark_backend.bench.stats import ratio
 from dspark_backend.bench.steps_report import (
     Step,
     StepsPeer,
