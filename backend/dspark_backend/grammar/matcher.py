@@ -1,4 +1,4 @@
-"""The position of one turn inside its grammar: masks, forced tokens, advance and retreat."""
+"""The position of one turn inside its grammar: masks, forced tokens, advance."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 class Matcher:
     """A cursor over one grammar, thin over llguidance's.
 
-    The state is a function of the accepted tokens alone, so ``rollback(n)`` undoes exactly the last
-    ``n`` and a ``fork`` shares nothing with its origin. Failed calls leave the state as it was.
+    The state is a function of the accepted tokens alone, and a ``fork`` shares nothing with its
+    origin: it is how one looks ahead. There is no way back, since llguidance's own is not sound: a
+    mask asked for behind the place that is gone back to can turn up again at another one (1.9.1).
+    Failed calls leave the state as it was.
     The end-of-turn token is part of the language: legal wherever the grammar is satisfied, and
     nothing is legal after it. Not thread-safe; a matcher belongs to the session that steps it.
 
@@ -42,7 +44,7 @@ class Matcher:
 
     @property
     def accepted(self) -> int:
-        """How many tokens were accepted and not rolled back, the end of the turn included."""
+        """How many tokens were accepted, the end of the turn included."""
         return self._accepted
 
     @property
@@ -103,27 +105,6 @@ class Matcher:
             self._check()
         self._ended = ends
         self._accepted += len(tokens)
-
-    def rollback(self, count: int) -> None:
-        """Take back the last ``count`` accepted tokens.
-
-        Raises:
-            GrammarError: fewer tokens than that were accepted.
-        """
-        if not 0 <= count <= self._accepted:
-            raise GrammarError(
-                f"cannot take back {count} tokens: only {self._accepted} were accepted"
-            )
-        if not count:
-            return
-        self._accepted -= count
-        if self._ended:
-            self._ended = False
-            count -= 1
-        if count:
-            for core in self._cores:
-                core.rollback(count)
-            self._check()
 
     def forced(self) -> list[int]:
         """The canonical tokens of the bytes that must come next, without those at the end that a

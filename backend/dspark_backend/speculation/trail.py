@@ -32,8 +32,8 @@ class Trail:
     """A step's matcher, seen from the tokens that were committed.
 
     A *path* is what follows them: asking about one changes nothing, whatever order paths are asked
-    in, and :meth:`commit` is the only way on. The matcher belongs to the trail from then on, which
-    moves it to where the next question is. ``canonical`` says that forced spans are the output
+    in, and :meth:`commit` is the only way on. The matcher belongs to the trail from then on; forks
+    of it walk the paths, one at a time. ``canonical`` says that forced spans are the output
     (``ForcedMode.CANONICAL``): where one begins, the mask holds its first token alone.
 
     All methods raise GrammarError when the grammar dies, or does not allow the path.
@@ -42,7 +42,8 @@ class Trail:
     def __init__(self, matcher: Matcher, *, canonical: bool) -> None:
         self.canonical = canonical
         self.end_of_turn_id = matcher.end_of_turn_id
-        self._matcher = matcher
+        self._committed = matcher
+        self._walker = matcher  # at the end of the path that was asked about last
         self._at: list[int] = []
         self._places: dict[tuple[int, ...], _Place] = {}
 
@@ -50,8 +51,7 @@ class Trail:
         """The canonical tokens of the bytes that must follow, as :meth:`Matcher.forced`."""
         place = self._place(path)
         if place.forced is None:
-            self._go(path)
-            place.forced = tuple(self._matcher.forced())
+            place.forced = tuple(self._matcher(path).forced())
             for count in range(1, len(place.forced)):
                 inside = self._place((*path, *place.forced[:count]))
                 inside.forced, inside.over = place.forced[count:], False
@@ -67,11 +67,10 @@ class Trail:
         if place.mask is None:
             span = self.span(path)
             if span:
-                place.mask = bitmask.only(span[0], self._matcher.words)
+                place.mask = bitmask.only(span[0], self._committed.words)
             else:
-                self._go(path)
-                mask = torch.empty(self._matcher.words, dtype=torch.int32)
-                self._matcher.fill_mask(mask)
+                mask = torch.empty(self._committed.words, dtype=torch.int32)
+                self._matcher(path).fill_mask(mask)
                 place.mask = mask  # only a mask that was filled is remembered
         return place.mask
 
@@ -86,27 +85,25 @@ class Trail:
         """Whether nothing can follow but the end of the turn, or the turn has ended."""
         place = self._place(path)
         if place.over is None:
-            self._go(path)
-            place.over = self._matcher.is_terminated
+            place.over = self._matcher(path).is_terminated
         return place.over
 
     def commit(self, tokens: Sequence[int]) -> None:
         """``tokens`` were committed: paths begin after them now."""
-        self._go(tokens)
+        self._committed = self._matcher(tokens)
         self._at.clear()
         self._places.clear()
 
     def _place(self, path: Sequence[int]) -> _Place:
         return self._places.setdefault(tuple(path), _Place())
 
-    def _go(self, path: Sequence[int]) -> None:
-        """Move the matcher to ``path``."""
-        shared = 0
-        for ours, theirs in zip(self._at, path, strict=False):
-            if ours != theirs:
-                break
-            shared += 1
-        self._matcher.rollback(len(self._at) - shared)
-        del self._at[shared:]
-        self._matcher.accept(path[shared:])
-        self._at.extend(path[shared:])
+    def _matcher(self, path: Sequence[int]) -> Matcher:
+        """A matcher at the end of ``path``, to be read only."""
+        if not path:
+            return self._committed
+        known = len(self._at)
+        if not known or list(path[:known]) != self._at:
+            self._walker, self._at, known = self._committed.fork(), [], 0
+        self._walker.accept(path[known:])
+        self._at.extend(path[known:])
+        return self._walker

@@ -218,15 +218,8 @@ def test_the_end_of_turn_is_legal_only_where_the_grammar_is_satisfied(
     assert matcher.accepted == 2
 
 
-def test_rolling_back_further_than_accepted_is_refused(tiny_dialect: Dialect) -> None:
-    matcher = tiny_dialect.compiler.compile_lark("start: /[a-z]+/").matcher()
-    matcher.accept(tiny_dialect.tokenizer.encode("a"))
-    with pytest.raises(GrammarError, match="cannot take back 2 tokens: only 1"):
-        matcher.rollback(2)
-
-
 @pytest.mark.parametrize("canonical", [True, False])
-def test_rollback_and_fork_equal_a_fresh_replay(
+def test_a_fork_and_its_origin_go_on_as_a_fresh_replay(
     tiny_dialect: Dialect, legal_tokens: LegalTokens, canonical: bool
 ) -> None:
     spec = TurnSpec((_PAINT, _WAIT), parallel_tool_calls=True, max_calls=2)
@@ -234,17 +227,19 @@ def test_rollback_and_fork_equal_a_fresh_replay(
     assert grammar is not None
     rng = np.random.default_rng(2)
     matcher, tokens = grammar.matcher(canonical=canonical), list[int]()
+    checkpoints = [(matcher.fork(), 0)]
     for step in range(200):
         ended = bool(tokens) and tokens[-1] == matcher.end_of_turn_id
         if ended or (tokens and rng.random() < 0.3):
-            count = int(rng.integers(1, len(tokens) + 1))
-            matcher.rollback(count)
-            del tokens[len(tokens) - count :]
+            origin, length = checkpoints[int(rng.integers(len(checkpoints)))]
+            matcher, tokens = origin.fork(), tokens[:length]
+            checkpoints = [each for each in checkpoints if each[1] <= length]
         else:
             span = matcher.forced() if rng.random() < 0.5 else []
             span = span or [int(rng.choice(legal_tokens(matcher)))]
             matcher.accept(span)
             tokens += span
+            checkpoints.append((matcher.fork(), len(tokens)))
         if step % 7 == 0:
             twin = matcher.fork()
             if not (tokens and tokens[-1] == matcher.end_of_turn_id):
