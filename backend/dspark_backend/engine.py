@@ -173,7 +173,7 @@ class Engine:
                 else device_parts(files, precision, context, folder, place)
             )
             identity = None if folder is None else folder_identity(folder)
-            compile_kernels(parts.target, parts.drafter, workers)
+            compile_kernels(parts.target, parts.drafter, parts.verifier, workers)
             conditions = conditions_here(
                 files.source_sha, parts.precision.value, workers, identity, parts.hardware
             )

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
+import numpy as np
 from torch import Tensor
 
 from dspark_backend.kernels import jit
 from dspark_backend.kv.budget import KVShape
 from dspark_backend.kv.sequence import KV
+from dspark_backend.request import AcceptanceRule, SamplingParams
+from dspark_backend.sampling.sampler import Sampler
+from dspark_backend.sampling.verifier import Question, Verifier
 from dspark_backend.speculation import suffix
+from dspark_backend.speculation.distribution import Distribution
+from dspark_backend.speculation.guide import ChainGuide, Likeliest
 from dspark_backend.speculation.protocol import Anchor, Drafter
 from dspark_backend.target.batch import Batch, Rows
 from dspark_backend.target.protocol import Target
@@ -21,23 +28,52 @@ _MANY = 64  # rows: products of few and of many are different kernels
 _GRAIN = 256
 
 
-def compile_kernels(target: Target, drafter: Drafter | None, threads: int) -> None:
+def compile_kernels(
+    target: Target, drafter: Drafter | None, verifier: Verifier, threads: int
+) -> None:
     """Run once what a step may run, on ``threads`` threads, so that none of it compiles in a step:
     in a new environment that took seconds, and from the disk it takes some hundredths of one."""
     taps = () if drafter is None else tuple(drafter.taps)
     rows = min(_MANY, target.max_positions)
     (kv,) = sequences(target, [rows])
     with jit.threads(threads):
-        target.forward(Batch([Rows(kv, [_token(0, target)], 1)]), taps)
+        logits = target.forward(Batch([Rows(kv, [_token(0, target)], 1)]), taps).logits
         tokens = [_token(number, target) for number in range(rows)]
         features = target.forward(Batch([Rows(kv, tokens, rows)]), taps).features
+        for questions in _questions(target):
+            rows_asked = sum(question.rows for question in questions)
+            # No logits of the model: where its weights are damaged, its steps say so.
+            for answer in verifier.ask(logits.new_zeros(rows_asked, logits.shape[1]), questions):
+                answer()
         if drafter is not None:
             (anchor,) = drafting(drafter, target, 1, rows)
             anchor.context.length = 0
             drafter.extend(anchor.context, features)
             drafter.propose([anchor])
+            # Slot by slot, and with somebody who decides: other kernels, or other work of torch.
+            guide = ChainGuide(None, drafter.block_size, Likeliest())
+            drafter.propose([replace(anchor, known=(anchor.token,)), replace(anchor, guide=guide)])
         target.wait()
     suffix.warm()
+
+
+def _questions(target: Target) -> Iterator[list[Question]]:
+    """What a verifier may be asked of one pass, such that no two need the same kernels: with and
+    without probabilities of drafts, of logits as they are and of rewritten ones."""
+    draft = _token(0, target)
+    drawn = Distribution(np.array([draft], np.uint32), np.ones(1))
+    plain = SamplingParams(temperature=0.8)
+    cut = replace(plain, top_k=5, top_p=0.9, min_p=0.01, repetition_penalty=1.1)
+    for params in (plain, cut):
+        rejecting = replace(params, acceptance=AcceptanceRule.REJECTION)
+        for last in ((), (drawn,)):
+            rules = ((SamplingParams(), ()), (params, ()), (rejecting, last))
+            yield [
+                Question(
+                    Sampler(rule, [draft], target.config.vocab_size), (draft,), distributions=q
+                )
+                for rule, q in rules
+            ]
 
 
 def sequences(target: Target, capacities: Sequence[int], draft: KVShape | None = None) -> list[KV]:

@@ -14,7 +14,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from dspark_backend.errors import CapacityError
 from dspark_backend.kv.budget import KVBudget, KVShape
 from dspark_backend.kv.contiguous import SequenceKV
-from dspark_backend.kv.paged import PagedKV, PagedStorage, paged, paged_context
+from dspark_backend.kv.page_tree import PageTree
+from dspark_backend.kv.paged import PagedKV, paged, paged_context
+from dspark_backend.kv.paged_storage import PagedStorage
 from dspark_backend.kv.pool import SequencePool
 
 TARGET = KVShape(layers=2, kv_heads=1, head_dim=2)
@@ -84,6 +86,11 @@ class Paging(RuleBasedStateMachine):
         self.storage = storage(14)
         self.pool = SequencePool(self.storage)
         self.logs: dict[PagedKV, list[int]] = {}
+
+    @property
+    def tree(self) -> PageTree:
+        assert isinstance(self.pool._prefixes, PageTree)
+        return self.pool._prefixes
 
     def idle(self, but: PagedKV) -> list[PagedKV]:
         return [kv for kv in self.logs if kv is not but]
@@ -194,22 +201,31 @@ class Paging(RuleBasedStateMachine):
             assert kv.draft.length <= kv.length <= kv.capacity
             assert_holds(kv, TARGET_LAYERS, kv.length, log)
             assert_holds(kv, DRAFT_LAYERS, kv.draft.length, log)
-        for key, entry in self.pool._prefixes._kept.items():
-            kv = paged(entry.kv)
-            assert kv.draft is not None
-            assert kv.draft.length == kv.length == len(key), "a hit would miss the draft context"
-            assert_holds(kv, slice(None), kv.length, key)
+        for node in self.tree._root.below():
+            tokens = node.tokens
+            above = node.parent
+            while above is not None:
+                tokens, above = above.tokens + tokens, above.parent
+            start = len(tokens) - len(node.tokens)
+            assert start % SIZE == 0
+            for position in range(start, len(tokens)):  # of the drafter's layers as well
+                expected = value(tokens, position)
+                keys = self.storage.pool.keys[:, node.page, :, position % SIZE]
+                assert (keys == expected).all()
 
     @invariant()
     def every_page_is_accounted_for(self) -> None:
-        kept = [paged(kv) for kv in self.pool._prefixes.kept]
-        holders = Counter(page for kv in (*self.logs, *kept) for page in kv.pages)
+        lent = [] if self.tree._lent is None else self.tree._lent.pages
+        kept = self.tree.pages
+        assert set(lent) <= set(kept)
+        assert len(set(kept)) == len(kept) == self.tree.held_bytes // PAGE_BYTES <= 14 // 4
+        holders = Counter([*kept, *lent])
+        holders.update(page for kv in self.logs for page in kv.pages)
         pages = self.storage.pool
         assert all(pages.holders(page) == count for page, count in holders.items())
         assert pages.free + len(holders) == 14
         assert self.storage.budget.used_bytes == len(holders) * PAGE_BYTES
-        everything = [*self.logs, *kept]
-        assert self.storage.reclaimable_bytes(everything) == len(holders) * PAGE_BYTES
+        assert self.tree.reclaimable_bytes(self.logs) == len(holders) * PAGE_BYTES
 
     def teardown(self) -> None:
         for kv in self.logs:
@@ -282,9 +298,10 @@ def test_what_others_hold_is_no_memory_to_be_had() -> None:
     twin = store.new()
     twin.copy_prefix(first, 8)
     own = filled(store, range(4))
-    assert store.reclaimable_bytes([first]) == 0
-    assert store.reclaimable_bytes([first, own]) == PAGE_BYTES
-    assert store.reclaimable_bytes([first, twin, own]) == 3 * PAGE_BYTES
+    tree = store.prefixes(0)
+    assert tree.reclaimable_bytes([first]) == 0
+    assert tree.reclaimable_bytes([first, own]) == PAGE_BYTES
+    assert tree.reclaimable_bytes([first, twin, own]) == 3 * PAGE_BYTES
 
 
 def test_nothing_is_given_up_where_shared_pages_would_keep_it_from_helping() -> None:

@@ -23,6 +23,7 @@ from dspark_backend.drafter.shipped import shipped_drafter
 from dspark_backend.plot import Plot, rounded_up
 from dspark_backend.processor import usable_cores
 from dspark_backend.rehearsal import Task, compile_kernels, sequences, verifying
+from dspark_backend.sampling.verifier import HostVerifier
 from dspark_backend.speculation.cost import CostModel
 from dspark_backend.speculation.cost_store import conditions_here, keep
 from dspark_backend.speculation.cost_table import CostTable
@@ -108,7 +109,7 @@ def run_cost(settings: CostSettings, *, progress: ProgressSink | None = None) ->
     context = min(files.config.max_position_embeddings, _MAX_CONTEXT)
     decoder = load_decoder(files, precision, context, progress)
     drafter, identity = _drafter(settings, files, context)
-    compile_kernels(decoder, drafter, threads)
+    compile_kernels(decoder, drafter, HostVerifier(), threads)
     conditions = conditions_here(files.source_sha, precision.value, threads, identity)
     began = time.perf_counter()
     table = measure(decoder, drafter, threads, conditions=conditions, budget_s=settings.seconds)

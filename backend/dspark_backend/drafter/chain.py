@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark_backend.speculation.guide import Slot
+from dspark_backend.speculation.guide import Foresight, Slot
 from dspark_backend.speculation.protocol import Anchor, Proposal
 from dspark_backend.speculation.vocabulary import DraftVocabulary
 
@@ -20,6 +20,22 @@ class Chain:
         self._guide = anchor.guide
         self._slots: list[Slot] = []
         self._ended = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether the guide ended the block: its next slots hold nothing."""
+        return self._ended
+
+    def foresee(self, most: int) -> Foresight:
+        """As :meth:`Guide.foresee`, of the slots after those that were taken, known ones among
+        them."""
+        if self._guide is None or self._ended:
+            return Foresight(ended=self._ended)
+        return self._guide.foresee(most)
+
+    def end(self) -> None:
+        """Nothing is asked of the guide any more: the block ends here."""
+        self._ended = True
 
     def take(
         self,

@@ -3,12 +3,13 @@ token before it.
 
 Blocks that nobody guides are chained on the device and copied back together: by
 ``kernels/markov`` where the head is vanilla and the whole block is drafted, else slot by slot in
-torch. A guide decides on the host: each of its slots costs a copy back.
+torch. A guide decides on the host, about slots that were guessed (``device_guided.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -16,9 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark_backend.drafter.calibration import Calibration
-from dspark_backend.drafter.chain import SOURCE, Chain
+from dspark_backend.drafter.chain import SOURCE
 from dspark_backend.drafter.config import DrafterConfig, HeadType
+from dspark_backend.drafter.device_guided import GuidedBlocks
+from dspark_backend.drafter.device_slots import DeviceSlots
 from dspark_backend.drafter.device_weights import DeviceDraftWeights
+from dspark_backend.kernels.download import download
 from dspark_backend.kernels.markov.contract import Blocks, Head
 from dspark_backend.kernels.markov.triton import draft
 from dspark_backend.kernels.upload import upload
@@ -33,11 +37,8 @@ class DeviceSequentialStage:
         self, weights: DeviceDraftWeights, config: DrafterConfig, calibration: Calibration
     ) -> None:
         self._weights = weights
-        self._config = config
+        self._slots = DeviceSlots(weights, config, calibration)
         self._vocabulary = DraftVocabulary(weights.ids.cpu().numpy())
-        offsets = calibration.offsets or (0.0,) * config.block_size
-        scale = np.array([calibration.temperatures, offsets])
-        self._temperatures, self._offsets = torch.from_numpy(scale).to(weights.ids.device)
         self._head: Head | None = None
         if weights.sequential is not None and config.head is HeadType.VANILLA:
             whole = config.draft_vocab_size is None
@@ -52,20 +53,34 @@ class DeviceSequentialStage:
         alone = [i for i, anchor in enumerate(anchors) if anchor.guide is None]
         known = [i for i in alone if anchors[i].known or self._head is None]
         free = [i for i in alone if i not in known]
-        proposals: dict[int, Proposal] = {}
         chained = []
         if free:
             chained.append(self._drafted(hidden, base, free, anchors))
         if known:
             chained.append(self._chained(hidden, base, known, anchors))
-        if chained:
-            both = torch.cat(chained).cpu().numpy()  # the one copy back
-            for i, row in zip((*free, *known), both, strict=True):
-                proposals[i] = _proposal(row[:size], row[size:], len(anchors[i].known))
-        if guided:
-            made = self._guided(hidden[guided], base[guided], [anchors[i] for i in guided])
-            proposals.update(zip(guided, made, strict=True))
+        decided = self._guided(hidden, base, guided, anchors) if guided else None
+        guesses = () if decided is None else decided.guess()
+        # The one wait, unless a guide does not take what was guessed for it.
+        answers = download([*chained, *guesses])
+        rows = chain.from_iterable(answers[: len(chained)])
+        proposals = {
+            i: _proposal(row[:size], row[size:], len(anchors[i].known))
+            for i, row in zip((*free, *known), rows, strict=True)
+        }
+        if decided is not None:
+            while guesses:
+                decided.decide(*answers[-len(guesses) :])
+                guesses = decided.guess()
+                answers = download(guesses)
+            proposals.update(zip(guided, decided.proposals(), strict=True))
         return [proposals[i] for i in range(sessions)]
+
+    def _guided(
+        self, hidden: Tensor, base: Tensor, which: Sequence[int], anchors: Sequence[Anchor]
+    ) -> GuidedBlocks:
+        rows = upload({"which": np.array(which)}, base.device)["which"]
+        own = [anchors[i] for i in which]
+        return GuidedBlocks(self._slots, self._vocabulary, hidden[rows], base[rows], own)
 
     def _drafted(
         self, hidden: Tensor, base: Tensor, which: Sequence[int], anchors: Sequence[Anchor]
@@ -79,7 +94,7 @@ class DeviceSequentialStage:
         # A slot without a token (-1) ends the block: what the next ones read does not matter.
         before = torch.cat([there["first"][:, None], tokens[:, :-1]], dim=1).clamp(min=0)
         previous = self._head.w1[before.long()]
-        sure = self._confidence(hidden[there["which"]], previous, slice(None))
+        sure = self._slots.confidence(hidden[there["which"]], previous, slice(None))
         return torch.cat([tokens.double(), sure.cumprod(dim=1)], dim=1)
 
     def _chained(
@@ -97,75 +112,14 @@ class DeviceSequentialStage:
         state: Tensor | None = None
         tokens, sure = [], []
         for k in range(size):
-            row, previous, state = self._slot(hidden[:, k], base[:, k], token, state)
-            confidence = self._confidence(hidden[:, k], previous, k)
+            row, previous, state = self._slots.after(hidden[:, k], base[:, k], token, state)
+            confidence = self._slots.confidence(hidden[:, k], previous, k)
             is_given = there["given"][:, k] >= 0
             token = torch.where(is_given, there["given"][:, k], self._weights.ids[row.argmax(1)])
             tokens.append(token)
             sure.append(torch.where(is_given, 1.0, confidence))
         survival = torch.stack(sure, dim=1).cumprod(dim=1)
         return torch.cat([torch.stack(tokens, dim=1).double(), survival], dim=1)
-
-    def _guided(self, hidden: Tensor, base: Tensor, anchors: Sequence[Anchor]) -> list[Proposal]:
-        size = hidden.shape[1]
-        chains = [Chain(anchor) for anchor in anchors]
-        tokens = np.array([anchor.token for anchor in anchors])
-        state: Tensor | None = None
-        drafts, sure = np.empty((len(anchors), size), np.int64), np.ones((len(anchors), size))
-        for k in range(size):
-            token = torch.from_numpy(tokens).to(base.device)
-            row, previous, state = self._slot(hidden[:, k], base[:, k], token, state)
-            confidence = self._confidence(hidden[:, k], previous, k)
-            there = torch.cat([row.double(), confidence[:, None]], dim=1).cpu().numpy()
-            tokens = np.empty_like(tokens)
-            for i, chain in enumerate(chains):
-                logits = there[i, :-1].astype(np.float32)
-                likeliest = int(self._vocabulary.ids[logits.argmax()])
-                tokens[i], sure[i, k] = chain.take(
-                    k, logits, likeliest, float(there[i, -1]), self._vocabulary
-                )
-            drafts[:, k] = tokens
-        survival = np.cumprod(sure, axis=1)
-        return [chain.proposal(drafts[i], survival[i]) for i, chain in enumerate(chains)]
-
-    def _slot(
-        self, hidden: Tensor, base: Tensor, token: Tensor, state: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Logits float32 [F, D] of a slot after ``token`` [F], W1 of that, and the state."""
-        weights, row = self._weights.sequential, base.float()
-        if weights is None:
-            return row, None, None
-        previous = weights.w1[token]
-        latent, state = self._latent(hidden, previous, state)
-        return row + weights.w2(latent).float(), previous, state
-
-    def _latent(
-        self, hidden: Tensor, previous: Tensor, state: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        weights = self._weights.sequential
-        if weights is None or weights.inner is None:
-            return previous, None
-        if self._config.head is HeadType.GATED:
-            gate = weights.inner(torch.cat([hidden, previous], dim=1)).float().sigmoid()
-            return (gate * previous.float()).to(previous.dtype), None
-        before = torch.zeros_like(previous).float() if state is None else state
-        joint = weights.inner(torch.cat([before.to(previous.dtype), previous, hidden], dim=1))
-        gate, candidate, output = joint.float().chunk(3, dim=1)
-        kept = gate.sigmoid()
-        return output.tanh().to(previous.dtype), kept * before + (1 - kept) * candidate.tanh()
-
-    def _confidence(self, hidden: Tensor, previous: Tensor | None, slots: int | slice) -> Tensor:
-        """Calibrated c_k float64 [...], ``hidden`` being [..., d] of ``slots``; 1 where the drafter
-        has no such head: it never says to stop."""
-        vector = self._weights.confidence
-        if vector is None:
-            return hidden.new_ones(hidden.shape[:-1], dtype=torch.float64)
-        x = hidden
-        if self._config.confidence_with_markov and previous is not None:
-            x = torch.cat([hidden, previous], dim=-1)
-        logits = (x.double() * vector).sum(dim=-1) + self._weights.confidence_bias
-        scaled: Tensor = logits / self._temperatures[slots] + self._offsets[slots]
-        return scaled.sigmoid()
 
 
 def _proposal(tokens: NDArray[np.float64], survival: NDArray[np.float64], first: int) -> Proposal:

@@ -17,6 +17,8 @@ _DTYPES = {
     np.dtype(np.float32): torch.float32,
 }
 
+_ALIGNMENT = 16  # bytes
+
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -34,8 +36,7 @@ class Mailbox:
     reads them there, such as a recorded graph, finds those in the same place."""
 
     def __init__(self, arrays: Arrays, device: torch.device) -> None:
-        # Wide numbers first: each then begins at a multiple of its own width.
-        self._names = sorted(arrays, key=lambda name: -arrays[name].itemsize)
+        self._names = list(arrays)
         self._shapes = [(arrays[name].shape, arrays[name].dtype) for name in self._names]
         self._on_gpu = device.type == "cuda"
         self._there = self._packed(arrays).to(device, non_blocking=True)
@@ -45,7 +46,7 @@ class Mailbox:
             array = arrays[name]
             piece = self._there[at : at + array.nbytes].view(_DTYPES[array.dtype])
             self.tensors[name] = piece.view(array.shape)
-            at += array.nbytes
+            at += _aligned(array.nbytes)
 
     def refill(self, arrays: Arrays) -> None:
         """Put ``arrays`` in the place of what is there. Raises ValueError for other names, shapes
@@ -56,9 +57,20 @@ class Mailbox:
         self._there.copy_(self._packed(arrays), non_blocking=True)
 
     def _packed(self, arrays: Arrays) -> Tensor:
-        pieces = [
-            np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8) for name in self._names
-        ]
-        packed = torch.from_numpy(np.concatenate(pieces)) if pieces else torch.empty(0)
+        packed_bytes = np.zeros(
+            sum(_aligned(arrays[name].nbytes) for name in self._names), np.uint8
+        )
+        at = 0
+        for name in self._names:
+            piece = np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8)
+            packed_bytes[at : at + len(piece)] = piece
+            at += _aligned(len(piece))
+        packed = torch.from_numpy(packed_bytes)
         # Pinned: else the copy would wait for what the device still does.
         return packed.pin_memory() if self._on_gpu else packed
+
+
+def _aligned(size: int) -> int:
+    """Bytes up to where the next array begins: a kernel is compiled for pointers to multiples of 16
+    bytes or for others, and none should be compiled anew for the shapes of a step."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

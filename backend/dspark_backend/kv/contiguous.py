@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 from numpy.typing import NDArray
 
 from dspark_backend.kv.budget import KVBudget, KVShape
-from dspark_backend.kv.sequence import KV, Positions
+from dspark_backend.kv.prefix import PrefixCache
+from dspark_backend.kv.sequence import Positions
 
 
 class ContiguousStorage:
@@ -27,9 +26,9 @@ class ContiguousStorage:
         draft = None if self._draft is None else SequenceKV(self._draft, self.budget)
         return SequenceKV(self._shape, self.budget, draft)
 
-    def reclaimable_bytes(self, sequences: Iterable[KV]) -> int:
-        """Budget that comes back where all of ``sequences`` are closed."""
-        return sum(kv.held_bytes for kv in sequences)
+    def prefixes(self, limit_bytes: int) -> PrefixCache:
+        """As :meth:`Storage.prefixes`."""
+        return PrefixCache(limit_bytes)
 
 
 def contiguous(kv: Positions) -> SequenceKV:

@@ -6,53 +6,12 @@ target's keys and values shares the drafter's of the same positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 
-from dspark_backend.kv.budget import KVBudget, KVShape
-from dspark_backend.kv.pages import PAGE, PagePool
-from dspark_backend.kv.sequence import KV, Positions
-
-
-class PagedStorage:
-    """The sequences of an engine whose target runs on a device."""
-
-    def __init__(
-        self,
-        shape: KVShape,
-        draft: KVShape | None,
-        limit_bytes: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        page_size: int = PAGE,
-    ) -> None:
-        """``shape`` is the target's, ``draft`` the drafter's, if there is one.
-
-        Raises ValueError where the two differ in more than layers, and CapacityError where the
-        device has no memory of ``limit_bytes``, which is taken at once.
-        """
-        heads = None if draft is None else (draft.kv_heads, draft.head_dim)
-        if heads not in (None, (shape.kv_heads, shape.head_dim)):
-            raise ValueError(
-                f"a drafter of {heads} kv heads and head width does not fit into the pages of a "
-                f"target of {(shape.kv_heads, shape.head_dim)}"
-            )
-        layers = 0 if draft is None else draft.layers
-        self.pool = PagePool(shape, layers, limit_bytes, dtype, device, page_size)
-        self._drafts = draft is not None
-
-    @property
-    def budget(self) -> KVBudget:
-        return self.pool.budget
-
-    def new(self) -> PagedKV:
-        """An empty sequence; it holds no memory yet."""
-        return PagedKV(self.pool, drafts=self._drafts)
-
-    def reclaimable_bytes(self, sequences: Iterable[KV]) -> int:
-        """Budget that comes back where all of ``sequences`` are closed: what others share stays."""
-        return self.pool.reclaimable_bytes(paged(kv).pages for kv in sequences)
+from dspark_backend.kv.pages import PagePool
+from dspark_backend.kv.sequence import Positions
 
 
 def paged(kv: Positions) -> PagedKV:
@@ -129,15 +88,20 @@ class PagedKV:
         if self.draft is not None and (source.draft is None or source.draft.length < length):
             held = 0 if source.draft is None else source.draft.length
             raise ValueError(f"the source's draft context holds {held} positions, not {length}")
-        self.trim()  # what was reserved for other contents
-        self.pages = source.pages[: -(-length // self.pool.page_size)]
-        self.pool.share(self.pages)
-        self._hold(length)
+        self.adopt(source.pages[: -(-length // self.pool.page_size)], length)
         try:
             self.reserve(max(length, room))
         except BaseException:
             self.close()
             raise
+
+    def adopt(self, pages: Sequence[int], length: int) -> None:
+        """Become another holder of ``pages``, whose first ``length`` positions are computed, the
+        drafter's as well; this sequence must be empty."""
+        self.trim()  # what was reserved for other contents
+        self.pages = list(pages)
+        self.pool.share(self.pages)
+        self._hold(length)
 
     def fill(self, value: float) -> None:
         pages = torch.tensor(self.pages, device=self.pool.keys.device)

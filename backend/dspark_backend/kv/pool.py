@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from dspark_backend.errors import CapacityError
-from dspark_backend.kv.prefix import PrefixCache
 from dspark_backend.kv.sequence import KV, Positions, Storage
 
 PREFIX_SHARE = 4
@@ -21,7 +20,7 @@ class SequencePool:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._budget = storage.budget
-        self._prefixes = PrefixCache(self._budget.limit_bytes // PREFIX_SHARE)
+        self._prefixes = storage.prefixes(self._budget.limit_bytes // PREFIX_SHARE)
 
     @property
     def used_bytes(self) -> int:
@@ -53,21 +52,21 @@ class SequencePool:
 
         if fits():
             return True
-        others = [other for other in (*self._prefixes.kept, *idle) if other is not source]
-        if not self._would_fit(kv, length, others, source, shared):
-            everything = [*self._prefixes.kept, *idle]
-            if not self._would_fit(kv, length, everything, None, 0):
-                return False
-        while self._prefixes.evict(source):
-            if fits():
-                return True
+        others = [other for other in idle if other is not source]
+        if not self._would_fit(kv, length, others, source, shared) and not self._would_fit(
+            kv, length, idle, None, 0
+        ):
+            return False
+        if self._prefixes.evict(fits, source):
+            return True
         for other in idle:
             other.trim()
             if fits():
                 return True
         for other in sorted(idle, key=lambda other: other is source):
             _empty(other)
-            if fits():
+            # What is kept may have been held by it as well.
+            if fits() or self._prefixes.evict(fits, source):
                 return True
         self._prefixes.clear()
         return fits()
@@ -127,8 +126,9 @@ class SequencePool:
     def _would_fit(
         self, kv: Positions, length: int, given_up: Sequence[KV], source: KV | None, shared: int
     ) -> bool:
+        """Where all that is kept, but for the source, and ``given_up`` go."""
         needed = kv.capacity_bytes_for(length, source, shared)
-        return self._budget.fits(needed - self._storage.reclaimable_bytes(given_up))
+        return self._budget.fits(needed - self._prefixes.reclaimable_bytes(given_up, source))
 
     def _fits_alone(self, length: int) -> bool:
         return self.new().capacity_bytes_for(length) <= self._budget.limit_bytes

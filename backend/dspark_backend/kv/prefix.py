@@ -1,4 +1,4 @@
-"""Which committed sequence shares the longest beginning with a new one."""
+"""Which committed sequence shares the longest beginning with a new one, whole sequences kept."""
 
 from __future__ import annotations
 
@@ -22,6 +22,21 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     while place < shortest and a[place] == b[place]:
         place += 1
     return min(place, shortest)
+
+
+def longest_live(
+    tokens: Sequence[int], live: Iterable[tuple[Sequence[int], KV]]
+) -> tuple[KV | None, int]:
+    """The sequence of ``live``, each with its log, that has most of ``tokens`` computed, and how
+    many."""
+    best: KV | None = None
+    shared = 0
+    for log, kv in live:
+        if kv.length > shared:
+            length = min(common_prefix(tokens, log), kv.length)
+            if length > shared:
+                best, shared = kv, length
+    return best, shared
 
 
 @dataclass(slots=True)
@@ -55,23 +70,13 @@ class PrefixCache:
         kv.trim()
         self._kept[key] = _Kept(kv, self._clock())
         self._held_bytes += kv.held_bytes
-        while self._held_bytes > self._limit_bytes:
-            self.evict()
+        self.evict(lambda: self._held_bytes <= self._limit_bytes)
 
     def longest(
         self, tokens: Sequence[int], live: Iterable[tuple[Sequence[int], KV]]
     ) -> tuple[KV | None, int]:
-        """The sequence, kept or live, that shares most with ``tokens``, and how much of its KV.
-
-        Tokens are compared, not hashes: a hit is a fact.
-        """
-        best: KV | None = None
-        shared = 0
-        for log, kv in live:
-            if kv.length > shared:
-                length = min(common_prefix(tokens, log), kv.length)
-                if length > shared:
-                    best, shared = kv, length
+        """As :meth:`Prefixes.longest`."""
+        best, shared = longest_live(tokens, live)
         hit: _Kept | None = None
         for key, kept in self._kept.items():
             if kept.kv.length > shared:
@@ -83,8 +88,14 @@ class PrefixCache:
             hit.last_used = self._clock()
         return best, shared
 
-    def evict(self, spare: KV | None = None) -> bool:
-        """Close the sequence that is wanted last, ``spare`` excepted; False when there is none."""
+    def evict(self, enough: Callable[[], bool], spare: KV | None = None) -> bool:
+        """As :meth:`Prefixes.evict`."""
+        while not enough():
+            if not self._evict_one(spare):
+                return False
+        return True
+
+    def _evict_one(self, spare: KV | None) -> bool:
         now = self._clock()
         last = max(
             ((key, kept) for key, kept in self._kept.items() if kept.kv is not spare),
@@ -99,10 +110,10 @@ class PrefixCache:
         kept.kv.close()
         return True
 
-    @property
-    def kept(self) -> list[KV]:
-        """The kept sequences."""
-        return [entry.kv for entry in self._kept.values()]
+    def reclaimable_bytes(self, others: Iterable[KV], spare: KV | None = None) -> int:
+        """As :meth:`Prefixes.reclaimable_bytes`."""
+        kept = (entry.kv for entry in self._kept.values() if entry.kv is not spare)
+        return sum(kv.held_bytes for kv in (*kept, *others))
 
     @property
     def held_bytes(self) -> int:
@@ -111,5 +122,4 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Close all of them."""
-        while self.evict():
-            pass
+        self.evict(lambda: not self._kept)

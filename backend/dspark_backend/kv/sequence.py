@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, Self
 
 from dspark_backend.kv.budget import KVBudget
@@ -67,6 +67,41 @@ class KV(Positions, Protocol):
         """Give the memory back. Idempotent."""
 
 
+class Prefixes(Protocol):
+    """What closed sessions leave for sessions that begin as they did, under a limit of its own
+    within the engine's budget, and given up on demand. Not thread-safe."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Budget held."""
+
+    def keep(self, tokens: Sequence[int], kv: KV) -> None:
+        """Take over ``kv``, whose positions, the draft context's as well, hold ``tokens``: nobody
+        else uses or closes it from here on."""
+
+    def longest(
+        self, tokens: Sequence[int], live: Iterable[tuple[Sequence[int], KV]]
+    ) -> tuple[KV | None, int]:
+        """The sequence, kept or ``live`` (each with its log), that shares most with ``tokens``, and
+        how much of its KV; (None, 0) where none does.
+
+        Tokens are compared, not hashes: a hit is a fact. A kept one is to be read only, until the
+        next call of any method that is not given it as ``spare``; its length becomes 0 where it is
+        given up.
+        """
+
+    def evict(self, enough: Callable[[], bool], spare: KV | None = None) -> bool:
+        """Give up what is wanted last, then what is next, until ``enough()`` or until nothing is
+        left whose memory would come back; ``spare`` excepted. Whether it is enough."""
+
+    def reclaimable_bytes(self, others: Iterable[KV], spare: KV | None = None) -> int:
+        """Budget that comes back where all that is kept, ``spare`` excepted, and all of ``others``
+        are closed."""
+
+    def clear(self) -> None:
+        """Give up everything."""
+
+
 class Storage(Protocol):
     """Where the sequences of an engine lie, under one budget."""
 
@@ -76,5 +111,5 @@ class Storage(Protocol):
     def new(self) -> KV:
         """An empty sequence; it holds no memory yet."""
 
-    def reclaimable_bytes(self, sequences: Iterable[KV]) -> int:
-        """Budget that comes back where all of ``sequences`` are closed."""
+    def prefixes(self, limit_bytes: int) -> Prefixes:
+        """What keeps the beginnings of its sequences, at most ``limit_bytes`` of them."""

@@ -53,12 +53,29 @@ class Slot:
         return on_track / (on_track + 1.0 - unmasked)
 
 
+@dataclass(frozen=True, slots=True)
+class Foresight:
+    """What can be said about the next slots of a block before their logits are there: ``tokens``
+    that the first of them hold whatever their logits are, then the ``mask`` ([words] int32) of the
+    slot after those, None where anything goes or nothing is known; or that the block has ``ended``
+    after those tokens."""
+
+    tokens: tuple[int, ...] = ()
+    mask: torch.Tensor | None = None
+    ended: bool = False
+
+
 class Guide(Protocol):
     """Asked once a slot, left to right, for one block."""
 
     def choose(self, logits: NDArray[np.float32], vocabulary: DraftVocabulary) -> Slot | None:
         """The token of the next slot, given its ``logits`` [D] over ``vocabulary``; None ends the
-        block before it, and nothing is asked after that."""
+        block before it, and nothing is asked after that. Slots that were foreseen are asked about
+        as well; their logits are not looked at."""
+
+    def foresee(self, most: int) -> Foresight:
+        """Of the next slots, ``most`` at most, what does not depend on their logits; decides about
+        none."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,10 +143,38 @@ class ChainGuide:
             self._path.append(slot.token)
         return slot
 
+    def foresee(self, most: int) -> Foresight:
+        path, tokens = [*self._path], list[int]()
+        while len(tokens) < most:
+            if len(path) >= self._room:
+                return Foresight(tuple(tokens), ended=True)
+            if self._trail is None:
+                break
+            here = self._allowed(self._trail, path)
+            if here is None:
+                return Foresight(tuple(tokens), ended=True)
+            if not isinstance(here, Slot):
+                return Foresight(tuple(tokens), here[0])
+            tokens.append(here.token)
+            path.append(here.token)
+        return Foresight(tuple(tokens))
+
     def _constrained(
         self, trail: Trail, logits: NDArray[np.float32], vocabulary: DraftVocabulary
     ) -> Slot | None:
-        path, started = self._path, time.perf_counter()
+        here = self._allowed(trail, self._path)
+        if here is None or isinstance(here, Slot):
+            return here
+        mask, width = here
+        legal = vocabulary.legal(mask)
+        if not len(legal):
+            return None
+        return self._picked(logits, vocabulary, Allowed(mask, legal), width)
+
+    def _allowed(self, trail: Trail, path: Sequence[int]) -> Slot | tuple[torch.Tensor, int] | None:
+        """The slot after ``path`` where the grammar leaves one token, else its mask and how many
+        tokens that allows; None where the block ends."""
+        started = time.perf_counter()
         try:
             if path and trail.over(path):
                 return None
@@ -143,12 +188,7 @@ class ChainGuide:
             return None
         finally:
             self.grammar_s += time.perf_counter() - started
-        if width == 1:
-            return Slot(bitmask.sole(mask), mask_width=1)
-        legal = vocabulary.legal(mask)
-        if not len(legal):
-            return None
-        return self._picked(logits, vocabulary, Allowed(mask, legal), width)
+        return Slot(bitmask.sole(mask), mask_width=1) if width == 1 else (mask, width)
 
     def _picked(
         self,

@@ -20,7 +20,8 @@ from dspark_backend.kernels.ragged_attention.contract import Sight
 from dspark_backend.kernels.rope.triton import Rotation
 from dspark_backend.kernels.swiglu.triton import silu_mul
 from dspark_backend.kv.budget import KVShape
-from dspark_backend.kv.paged import PagedStorage, paged
+from dspark_backend.kv.paged import paged
+from dspark_backend.kv.paged_storage import PagedStorage
 from dspark_backend.target.batch import Batch
 from dspark_backend.target.device_linear import DeviceLinear
 from dspark_backend.target.paged_rows import Layout, PagedRows, Span

@@ -17,7 +17,7 @@ import torch
 from dspark_backend.checkpoint.config import TargetConfig
 from dspark_backend.kernels.upload import Mailbox
 from dspark_backend.kv.budget import KVShape
-from dspark_backend.kv.paged import PagedStorage
+from dspark_backend.kv.paged_storage import PagedStorage
 from dspark_backend.kv.pages import PagePool
 from dspark_backend.target.batch import Batch
 from dspark_backend.target.device import DeviceDecoder

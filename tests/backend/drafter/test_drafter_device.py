@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,15 @@ import torch
 
 from dspark_backend.catalog import ModelFiles, resolve
 from dspark_backend.drafter.calibration import Calibration
+from dspark_backend.drafter.chain import Chain
 from dspark_backend.drafter.checkpoint import open_drafter, write_drafter
 from dspark_backend.drafter.device import DeviceDrafter
 from dspark_backend.errors import ModelFormatError
 from dspark_backend.grammar.compile import GrammarCompiler
 from dspark_backend.kv.paged import PagedContext, PagedKV
+from dspark_backend.request import AcceptanceRule, SamplingParams
+from dspark_backend.sampling.drafting import SampledDrafts
+from dspark_backend.sampling.sampler import Sampler
 from dspark_backend.speculation.guide import ChainGuide, Likeliest
 from dspark_backend.speculation.protocol import Anchor, Proposal
 from dspark_backend.speculation.trail import Trail
@@ -134,6 +140,139 @@ def test_a_guided_block_is_that_of_the_reference_with_every_token_tried(
     tokens, _, _ = it.reference.draft(features, 17, (), legal)
     assert list(proposal.tokens) == tokens
     assert len(proposal.forced) == len(tokens) > 0
+
+
+def slot_by_slot(it: Ready, anchors: list[Anchor]) -> list[Proposal]:
+    """Guided blocks with every slot's logits copied before its guide is asked."""
+    stage = it.drafter._stage
+    hidden = it.drafter._parallel(anchors)
+    count, size, _ = hidden.shape
+    base = stage._weights.head(hidden.flatten(0, 1)).view(count, size, -1)
+    chains = [Chain(anchor) for anchor in anchors]
+    tokens = np.array([anchor.token for anchor in anchors])
+    drafts, sure, state = np.empty((count, size), np.int64), np.ones((count, size)), None
+    for k in range(size):
+        before = torch.from_numpy(tokens).to(DEVICE)
+        row, previous, state = stage._slots.after(hidden[:, k], base[:, k], before, state)
+        confidence = stage._slots.confidence(hidden[:, k], previous, k).tolist()
+        tokens = np.empty_like(tokens)
+        for i, chain in enumerate(chains):
+            logits = row[i].cpu().numpy()
+            likeliest = int(stage._vocabulary.ids[logits.argmax()])
+            tokens[i], sure[i, k] = chain.take(
+                k, logits, likeliest, confidence[i], stage._vocabulary
+            )
+        drafts[:, k] = tokens
+    survival = np.cumprod(sure, axis=1)
+    return [chain.proposal(drafts[i], survival[i]) for i, chain in enumerate(chains)]
+
+
+def comparable(proposal: Proposal) -> tuple[Proposal, list[Any]]:
+    drawn = [q and (q.ids.tolist(), q.probabilities.tolist()) for q in proposal.distributions]
+    return replace(proposal, distributions=()), drawn
+
+
+class Waits:
+    """Counts copies from the device."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        copy = torch.Tensor.cpu
+
+        def counted(tensor: torch.Tensor) -> torch.Tensor:
+            self.count += 1
+            return copy(tensor)
+
+        monkeypatch.setattr(torch.Tensor, "cpu", counted)
+
+    def of(self, run: Callable[[], Any]) -> int:
+        before = self.count
+        run()
+        return self.count - before
+
+
+GRAMMARS = {
+    "call": CALL,
+    "words": "start: /[a-z ]{1,40}/",
+    "anything": r"start: /(.|\n)*/",
+    "forced": 'start: "a long text that nobody chose" /[a-z]/',
+    "short": 'start: ("ab" | "ac") /[0-9]/',
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
+def test_guessing_ahead_changes_no_guided_block(
+    variant: dict[str, Any], ready: Callable[..., Ready], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = ready(**variant)
+    contexts = [it.context(it.features(length, seed=length)) for length in (3, 11)]
+    compiler = GrammarCompiler(it.files.tokenizer(), vocab_size=512)
+    rejecting = SamplingParams(temperature=1.2, seed=4, acceptance=AcceptanceRule.REJECTION)
+
+    def anchors(written: int, *, sampled: bool) -> list[Anchor]:
+        made = []
+        for place, (source, canonical) in enumerate(product(GRAMMARS.values(), (True, False))):
+            matcher = compiler.compile_lark(source).matcher(canonical=canonical)
+            rng = np.random.default_rng(place)
+            for _ in range(written):
+                options = [v for v in range(512) if matcher.fork().accepts_prefix([v])]
+                if options:
+                    matcher.accept([int(rng.choice(options))])
+            known = (40, 3)[: place % 3]
+            choice = (
+                SampledDrafts(Sampler(rejecting, (17,), 512), 3, len(known))
+                if sampled
+                else Likeliest()
+            )
+            guide = ChainGuide(Trail(matcher, canonical=canonical), 2 + 3 * (place % 3), choice)
+            made.append(Anchor(contexts[place % 2], 20 + place, known, guide))
+        return made
+
+    waits = Waits(monkeypatch)
+    size = it.drafter.block_size
+    for written, sampled in ((0, False), (1, False), (2, True)):
+        expected = slot_by_slot(it, anchors(written, sampled=sampled))
+        made: list[Proposal] = []
+        count = waits.of(
+            lambda w=written, s=sampled, m=made: m.extend(it.drafter.propose(anchors(w, sampled=s)))
+        )
+        assert list(map(comparable, made)) == list(map(comparable, expected))
+        # A wait for each slot, as before, is the worst of it.
+        assert count <= size
+        assert any(proposal.tokens for proposal in made)
+
+
+def test_a_guide_that_takes_what_was_guessed_costs_no_wait_of_its_own(
+    ready: Callable[..., Ready], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = ready(family="qwen3", head="rnn", block_size=7)
+    context = it.context(it.features(9))
+    compiler = GrammarCompiler(it.files.tokenizer(), vocab_size=512)
+
+    def guide(source: str | None, room: int = 9, *, canonical: bool = True) -> ChainGuide:
+        if source is None:
+            return ChainGuide(None, room, Likeliest())
+        matcher = compiler.compile_lark(source).matcher(canonical=canonical)
+        return ChainGuide(Trail(matcher, canonical=canonical), room, Likeliest())
+
+    waits = Waits(monkeypatch)
+
+    def of(*anchors: Anchor) -> int:
+        return waits.of(lambda: it.drafter.propose(anchors))
+
+    # Each of these waited seven times, once for every slot.
+    assert of(Anchor(context, 5, (), guide(None))) == 1
+    assert of(Anchor(context, 5, (), guide(GRAMMARS["forced"]))) == 0
+    assert of(Anchor(context, 5, (), guide(GRAMMARS["words"], room=1))) == 1
+    # And this one eight times, with the copy of the blocks that nobody guides.
+    assert (
+        of(Anchor(context, 5), Anchor(context, 6, (), guide(None)), Anchor(context, 7, (3,))) == 1
+    )
+    # A surprise in a slot costs the wait for the slots after it.
+    trail = guide('start: /[a-z]/ "-then nothing but what is forced here"')
+    assert of(Anchor(context, 5, (), trail)) == 1
+    narrow = guide("start: /[a-b]{9}/", canonical=False)
+    assert 1 < of(Anchor(context, 5, (), narrow)) <= 7
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

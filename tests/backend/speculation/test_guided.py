@@ -93,6 +93,36 @@ def test_a_chain_is_what_trying_every_token_gives(
     assert slots > (10 if size > 60 else 0)
 
 
+@pytest.mark.parametrize("canonical", [True, False])
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+def test_what_is_foreseen_is_what_any_logits_give(source: str, canonical: bool, lark: Lark) -> None:
+    grammar, spoken, foreseen = lark(source), vocabulary(0, VOCAB), 0
+    rng = np.random.default_rng(0)
+    trail = Trail(grammar.matcher(canonical=canonical), canonical=canonical)
+    guide, path = ChainGuide(trail, 12, Likeliest()), list[int]()
+    while True:
+        ahead = guide.foresee(5)
+        assert guide.foresee(2).tokens == ahead.tokens[:2]
+        assert len(ahead.tokens) <= 5
+        for token in ahead.tokens:
+            slot = guide.choose(np.empty(0, np.float32), spoken)
+            assert slot is not None
+            assert (slot.token, slot.mask_width) == (token, 1)
+            path.append(token)
+        foreseen += len(ahead.tokens)
+        if len(ahead.tokens) == 5:
+            continue
+        slot = guide.choose(rng.standard_normal(VOCAB).astype(np.float32), spoken)
+        assert ahead.ended == (slot is None)
+        if slot is None:
+            break
+        assert ahead.mask is not None
+        assert torch.equal(ahead.mask, trail.mask(path))
+        path.append(slot.token)
+    assert len(path) == 12 or trail.over(path)
+    assert foreseen > 0 or not canonical
+
+
 def test_room_ends_a_chain(lark: Lark) -> None:
     guide = ChainGuide(Trail(lark(SOURCES["words"]).matcher(), canonical=True), 2, Likeliest())
     spoken, logits = vocabulary(0, VOCAB), np.zeros(VOCAB, np.float32)

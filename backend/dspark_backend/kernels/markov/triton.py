@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dspark_backend.kernels.contract import mask_arguments
-from dspark_backend.kernels.device import device_kernel, product
+from dspark_backend.kernels.device import device_kernel, kernel_of_varying, product
 from dspark_backend.kernels.markov.contract import Blocks
 
 BLOCK = 128
@@ -117,7 +117,7 @@ def _legal(
     return inside
 
 
-@device_kernel
+@kernel_of_varying("word_count", "requests", "k")
 def _slot(
     keys: tl.tensor,
     anchors: tl.tensor,
@@ -179,7 +179,7 @@ def _slot(
     tl.atomic_max(keys + row, _key(top, top_id), mask=alive)
 
 
-@device_kernel
+@kernel_of_varying("slots")
 def _settle(
     keys: tl.tensor,
     anchors: tl.tensor,

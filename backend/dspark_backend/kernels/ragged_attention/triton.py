@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dspark_backend.kernels.device import device_kernel, product
+from dspark_backend.kernels.device import device_kernel, kernel_of_varying, product
 from dspark_backend.kernels.ragged_attention.contract import Batch, Sight
 
 SPLIT = 256
@@ -51,14 +51,18 @@ def attend(batch: Batch, *, split: int = SPLIT, pairs: int = PAIRS, keys: int = 
     group = heads // kv_heads
     tiles = triton.cdiv(batch.longest * group, pairs)
     sums = torch.empty(rows, heads, splits, width, dtype=torch.float32, device=out.device)
-    peak_and_mass = torch.empty(2, rows, heads, splits, dtype=torch.float32, device=out.device)
+    # Two allocations: where the second half of one lies would depend on the number of rows, and a
+    # kernel is compiled for pointers to multiples of 16 bytes or for others.
+    peaks, masses = (
+        torch.empty(rows, heads, splits, dtype=torch.float32, device=out.device) for _ in range(2)
+    )
     request = (batch.offsets, batch.starts)
     sizes = {"SIGHT": int(batch.sight), "HEADS": heads, "WIDTH": width, "SPLIT": split}
     padded = max(16, triton.next_power_of_2(width))
     _attend_split[(batch.requests * tiles, kv_heads, splits)](
         *request,
         *(batch.q, batch.keys, batch.values, batch.table, batch.table.stride(0)),
-        *(sums, peak_and_mass[0], peak_and_mass[1]),
+        *(sums, peaks, masses),
         tiles,
         width**-0.5,
         **sizes,
@@ -71,7 +75,7 @@ def attend(batch: Batch, *, split: int = SPLIT, pairs: int = PAIRS, keys: int = 
     )
     _combine[(batch.requests * batch.longest, heads)](
         *request,
-        *(sums, peak_and_mass[0], peak_and_mass[1], out),
+        *(sums, peaks, masses, out),
         *(splits, batch.longest),
         **sizes,
         PADDED=padded,
@@ -93,7 +97,7 @@ def _seen(
     return seen
 
 
-@device_kernel
+@kernel_of_varying("table_stride", "tiles")
 def _attend_split(
     offsets: tl.tensor,
     starts: tl.tensor,
@@ -175,7 +179,7 @@ def _attend_split(
         tl.store(masses + out, mass, mask=is_seen)
 
 
-@device_kernel
+@kernel_of_varying("splits", "longest")
 def _combine(
     offsets: tl.tensor,
     starts: tl.tensor,

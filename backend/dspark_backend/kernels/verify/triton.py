@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dspark_backend.kernels.contract import mask_arguments
-from dspark_backend.kernels.device import device_kernel
+from dspark_backend.kernels.device import device_kernel, kernel_of_varying
 from dspark_backend.kernels.verify.contract import Batch, Rule, Stream, Verdict
 from dspark_backend.kernels.verify.noise import gumbel, row_keys, uniform
 
@@ -136,7 +136,7 @@ def _temperature(rule: tl.tensor, temperatures: tl.tensor, b: tl.tensor) -> tl.t
     return tl.where(rule == _GREEDY, 1.0, tl.load(temperatures + b))
 
 
-@device_kernel
+@kernel_of_varying("word_count", "longest")
 def _scan(
     offsets: tl.tensor,
     rules: tl.tensor,
@@ -206,7 +206,7 @@ def _q_at(
     return value
 
 
-@device_kernel
+@kernel_of_varying("word_count", "column_count", "is_mapped")
 def _walk(
     offsets: tl.tensor,
     rules: tl.tensor,
@@ -277,7 +277,7 @@ def _walk(
     tl.store(peak_and_mass + 2 * b + 1, total)
 
 
-@device_kernel
+@kernel_of_varying("word_count", "column_count", "is_mapped")
 def _resample(
     offsets: tl.tensor,
     rules: tl.tensor,
