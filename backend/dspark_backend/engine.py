@@ -28,6 +28,7 @@ from dspark_backend.grammar.dialect import Dialect, dialect_for
 from dspark_backend.handle import StepHandle
 from dspark_backend.kernels import jit
 from dspark_backend.kernels.apart import apart
+from dspark_backend.kernels.recording import Recordings
 from dspark_backend.kv.pool import SequencePool
 from dspark_backend.kv.sequence import KV
 from dspark_backend.loop import StepLoop
@@ -129,6 +130,7 @@ class Engine:
         policy: str | BudgetPolicy | None = None,
         signals: Signals | None = None,
         cost: CostModel | None = None,
+        graphs: bool = False,
         progress: ProgressSink | None = None,
     ) -> Engine:
         """Fetch (if needed), map and start a model.
@@ -145,7 +147,9 @@ class Engine:
         default), ``fixed-4`` or ``plain``, see :func:`~dspark_backend.speculation.policies.named`.
         ``signals`` turns parts of the scheduler off, for ablations. ``cost`` foresees the seconds
         of passes and drafts; None takes what was measured on this machine before, or measures it
-        (two seconds) unless ``speculation`` is False. The output is the same in all cases.
+        (two seconds) unless ``speculation`` is False. ``graphs`` records small passes, drafts and
+        verifications of a GPU as CUDA graphs and replays them; off, since that has not run on
+        hardware. The output is the same in all cases.
 
         Raises:
             ModelNotFoundError, DownloadError, ModelFormatError: no such model, no way to get it,
@@ -153,11 +157,14 @@ class Engine:
             DeviceError: no such GPU here, or not one that the engine's kernels run on.
             CapacityError: the GPU has no memory of ``kv_bytes``.
             RequestError: an unknown device or precision, a number out of range, speculation without
-                a drafter, or a cost that was measured under other conditions than these.
+                a drafter, graphs on the CPU, or a cost that was measured under other conditions
+                than these.
         """
 
         def build() -> Engine:
             place = gpu(device)
+            if graphs and place is None:
+                raise RequestError("graphs are a GPU's: load with device='cuda', or without graphs")
             files = resolve(str(model), progress=progress)
             longest = files.config.max_position_embeddings
             context = min(longest, DEFAULT_CONTEXT) if max_context is None else max_context
@@ -170,7 +177,10 @@ class Engine:
             parts = (
                 cpu_parts(files, precision, context, folder, progress)
                 if place is None
-                else device_parts(files, precision, context, folder, place)
+                else device_parts(
+                    *(files, precision, context, folder, place),
+                    Recordings(place) if graphs else None,
+                )
             )
             identity = None if folder is None else folder_identity(folder)
             compile_kernels(parts.target, parts.drafter, parts.verifier, workers)

@@ -11,6 +11,7 @@ from dspark_backend.catalog import ModelFiles, ProgressSink
 from dspark_backend.drafter.drafter import DSparkDrafter
 from dspark_backend.drafter.shipped import shipped_drafter
 from dspark_backend.errors import DeviceError, RequestError
+from dspark_backend.kernels.recording import Recordings
 from dspark_backend.sampling.verifier import HostVerifier, Verifier
 from dspark_backend.speculation.protocol import Drafter
 from dspark_backend.target.load import load_decoder
@@ -53,9 +54,11 @@ def device_parts(
     max_context: int,
     drafter: Path | None,
     device: torch.device,
+    recordings: Recordings | None = None,
 ) -> Parts:
     """As :func:`cpu_parts`, on ``device``: a GPU, or the CPU where Triton's interpreter is on, for
-    tests. bfloat16 unless ``precision`` says fp32.
+    tests. bfloat16 unless ``precision`` says fp32. With ``recordings``, what a step launches is
+    recorded there and replayed.
 
     Raises also DeviceError where Triton is not installed, and RequestError for a precision that
     runs on the CPU only.
@@ -72,6 +75,7 @@ def device_parts(
         from dspark_backend.drafter.device import DeviceDrafter
         from dspark_backend.sampling.device import DeviceVerifier
         from dspark_backend.target.device_load import load_device_decoder
+        from dspark_backend.target.graphs import GraphedDecoder
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
@@ -79,10 +83,11 @@ def device_parts(
             f"device {str(device)!r}: the engine's kernels need Triton, which is not installed: "
             "install triton, or load the engine on the CPU"
         ) from error
-    target = load_device_decoder(files, dtypes[chosen], max_context, device)
-    drafting = None if drafter is None else DeviceDrafter.load(drafter, target)
+    decoder = load_device_decoder(files, dtypes[chosen], max_context, device)
+    drafting = None if drafter is None else DeviceDrafter.load(drafter, decoder, recordings)
+    target = decoder if recordings is None else GraphedDecoder(decoder, recordings)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-    return Parts(target, DeviceVerifier(), drafting, chosen, hardware)
+    return Parts(target, DeviceVerifier(recordings), drafting, chosen, hardware)
 
 
 def drafter_folder(

@@ -1,4 +1,5 @@
-"""The decoder against transformers, and every row's independence of its company."""
+"""The CPU's decoder against transformers; what holds of every decoder is in
+``device/test_decoders.py``."""
 
 from __future__ import annotations
 
@@ -96,56 +97,6 @@ def test_the_reference_precision_is_what_bf16_rounding_explains(
     assert (ours - truth).abs().mean() < (theirs - truth).abs().mean()
 
 
-@pytest.mark.parametrize("precision", list(Precision))
-@pytest.mark.parametrize("family", FAMILIES)
-def test_bits_do_not_depend_on_how_rows_are_cut(
-    tiny_checkpoint: TinyCheckpoint, family: str, precision: Precision
-) -> None:
-    model = decoder(tiny_checkpoint(family), precision)
-    tokens = token_ids(64)
-    whole = run(model, sequence(model), tokens, taps=(0,))
-    for cut in ([1] * 64, [16] * 4, [3, 1, 7, 16, 2, 35]):
-        kv = sequence(model)
-        at, logits, features = 0, [], []
-        for rows in cut:
-            part = run(model, kv, tokens[at : at + rows], taps=(0,))
-            logits.append(part.logits)
-            features.append(part.features)
-            at += rows
-        assert torch.equal(torch.cat(logits), whole.logits)
-        assert torch.equal(torch.cat(features), whole.features)
-
-
-@pytest.mark.parametrize("precision", [Precision.INT8, Precision.BF16])
-def test_bits_do_not_depend_on_the_neighbours(
-    tiny_checkpoint: TinyCheckpoint, precision: Precision
-) -> None:
-    model = decoder(tiny_checkpoint("qwen3"), precision)
-    lengths = [5, 1, 17, 2]
-    texts = [token_ids(40 + n, seed=n) for n in lengths]
-    alone = []
-    for text, n in zip(texts, lengths, strict=True):
-        kv = sequence(model)
-        run(model, kv, text[:40])
-        alone.append(run(model, kv, text[40:]).logits[-1])
-        assert kv.length == 40 + n
-    rows = []
-    for text in texts:
-        kv = sequence(model)
-        run(model, kv, text[:40])
-        rows.append(Rows(kv, text[40:], 1))
-    together = model.forward(Batch(rows)).logits
-    assert torch.equal(together, torch.stack(alone))
-
-
-def test_only_wanted_rows_get_logits(tiny_checkpoint: TinyCheckpoint) -> None:
-    model = decoder(tiny_checkpoint("llama"), Precision.INT8X16)
-    tokens = token_ids(12)
-    full = run(model, sequence(model), tokens).logits
-    rows = [Rows(sequence(model), tokens, 0), Rows(sequence(model), tokens, 3)]
-    assert torch.equal(model.forward(Batch(rows)).logits, full[-3:])
-
-
 def test_int8_is_close_to_bf16(tiny_checkpoint: TinyCheckpoint) -> None:
     folder = tiny_checkpoint("qwen2")
     tokens = token_ids(80)
@@ -156,12 +107,3 @@ def test_int8_is_close_to_bf16(tiny_checkpoint: TinyCheckpoint) -> None:
     reference = logits[Precision.BF16]
     errors = {p: float((logits[p] - reference).abs().mean()) for p in Precision}
     assert errors[Precision.INT8X16] < errors[Precision.INT8] < 0.1 * float(reference.std())
-
-
-def test_a_pass_that_does_not_fit_is_refused(tiny_checkpoint: TinyCheckpoint) -> None:
-    model = decoder(tiny_checkpoint("llama"), Precision.INT8)
-    with pytest.raises(ValueError, match="do not fit"):
-        model.forward(Batch([Rows(sequence(model, 10), token_ids(257), 1)]))
-    wide = sequence(model, 300)
-    with pytest.raises(ValueError, match="at most 256"):
-        model.forward(Batch([Rows(wide, token_ids(300), 1)]))

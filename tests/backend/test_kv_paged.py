@@ -350,6 +350,6 @@ def test_a_target_alone_has_no_context() -> None:
     store = storage(3, None)
     kv = filled(store, range(9))
     assert kv.draft is None
-    assert store.pool.keys.shape == (2, 3, 1, SIZE, 2)
+    assert store.pool.keys.shape == (2, 3 + 1, 1, SIZE, 2)  # and one to write padding to
     kv.close()
     assert store.budget.used_bytes == 0

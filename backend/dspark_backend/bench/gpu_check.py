@@ -32,6 +32,7 @@ from dspark_backend.checkpoint.config import TargetConfig
 from dspark_backend.devices import gpu
 from dspark_backend.drafter.shipped import shipped_drafter
 from dspark_backend.errors import BackendError
+from dspark_backend.kernels.recording import Recordings
 from dspark_backend.target.graphs import GraphedDecoder
 
 LIMIT_S = 570.0
@@ -81,7 +82,10 @@ def four_billion(device: torch.device, left_s: float) -> Facts:
             **rates.plain_rate(target, 100, read, copy),
             **rates.host_gaps(target, device, 20),
         }
-        for name, target in (("launched", decoder), ("replayed", GraphedDecoder(decoder)))
+        for name, target in (
+            ("launched", decoder),
+            ("replayed", GraphedDecoder(decoder, Recordings(device))),
+        )
     ]
     return {"weight_bytes": read, "copy_bytes_per_s": copy, "rows": rows}
 
@@ -110,7 +114,7 @@ def stages_of(name: str, device: torch.device, models: Sequence[str]) -> list[St
         stages += [
             Stage(f"{model}: as on the CPU", partial(_on, checks.as_on_the_cpu, model, device)),
             Stage(f"{model}: in any company", partial(_on, checks.in_any_company, model, device)),
-            Stage(f"{model}: graphs", partial(_on, checks.recorded_passes, model, device)),
+            Stage(f"{model}: graphs", partial(_on, checks.recorded_steps, model, device)),
             Stage(f"{model}: bits of a row", partial(_on, checks.bits_of_a_row, model, device)),
         ]
     drafted = [model for model in models if shipped_drafter(model) is not None]

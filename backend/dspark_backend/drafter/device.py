@@ -6,11 +6,13 @@ keys and values are written behind the context, where its next tokens will overw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,23 +22,28 @@ from dspark_backend.drafter.device_weights import load_device_weights
 from dspark_backend.errors import ModelFormatError
 from dspark_backend.kernels.norm.triton import rms_norm
 from dspark_backend.kernels.ragged_attention.contract import Sight
+from dspark_backend.kernels.recording import Function, Piece, Recordings, bucket
 from dspark_backend.kernels.rope.triton import Rotation
 from dspark_backend.kernels.swiglu.triton import silu_mul
+from dspark_backend.kernels.upload import upload
 from dspark_backend.kv.budget import KVShape
 from dspark_backend.kv.paged import paged_context
 from dspark_backend.kv.sequence import Positions
 from dspark_backend.speculation.protocol import Anchor, Proposal
 from dspark_backend.target.device import DeviceDecoder
-from dspark_backend.target.paged_rows import Layout, Span
+from dspark_backend.target.graphs import COLUMNS, ROWS
+from dspark_backend.target.paged_rows import Layout, PagedRows, Span
 from dspark_backend.target.rope import tables
 
 
 class DeviceDrafter:
     """A trained drafter, ready to draft for ``target``, whose dtype it runs in. Not thread-safe."""
 
-    def __init__(self, files: DrafterFiles, target: DeviceDecoder) -> None:
-        """Raises ModelFormatError for a drafter whose keys and values do not fit into the
-        target's pages."""
+    def __init__(
+        self, files: DrafterFiles, target: DeviceDecoder, recordings: Recordings | None = None
+    ) -> None:
+        """With ``recordings``, small calls are replayed. Raises ModelFormatError for a drafter
+        whose keys and values do not fit into the target's pages."""
         shape = files.config.shape
         ours, theirs = (shape.num_kv_heads, shape.head_dim), target.kv_shape
         if ours != (theirs.kv_heads, theirs.head_dim):
@@ -49,6 +56,7 @@ class DeviceDrafter:
         self.taps = files.config.target_layer_ids
         self.block_size = files.config.block_size
         self.context_shape = KVShape(shape.num_layers, *ours, target.dtype.itemsize)
+        self._recordings = recordings
         self._device, self._dtype = target.device, target.dtype
         self._first = target.config.num_layers
         self._eps = shape.rms_norm_eps
@@ -63,12 +71,14 @@ class DeviceDrafter:
         ]
 
     @classmethod
-    def load(cls, folder: Path, target: DeviceDecoder) -> DeviceDrafter:
+    def load(
+        cls, folder: Path, target: DeviceDecoder, recordings: Recordings | None = None
+    ) -> DeviceDrafter:
         """Open the checkpoint in ``folder``.
 
         Raises ModelFormatError for a damaged one, or one for another target.
         """
-        return cls(open_drafter(folder, target.config), target)
+        return cls(open_drafter(folder, target.config), target, recordings)
 
     def extend(self, context: Positions, features: Tensor) -> None:
         """As :meth:`Drafter.extend`. Raises CapacityError where no room was reserved and none is
@@ -77,11 +87,17 @@ class DeviceDrafter:
         if not count:
             return
         mine.reserve(mine.length + count)
-        rows = Layout.of([Span(mine.owner, mine.length, count)]).on(self._device)
-        mixed = self._weights.fc(features.to(self._dtype)).float()
-        normed = rms_norm(mixed, self._weights.hidden_norm, self._eps, self._dtype)
-        for index, layer in enumerate(self._weights.layers):
-            rows.append(self._first + index, layer.kv(normed), self._rotations[index])
+        layout = Layout.of([Span(mine.owner, mine.length, count)])
+        small = self._recordings is not None and count <= ROWS
+        size = bucket(count) if small else count
+        if small:
+            layout = layout.padded(size)
+
+        def run(there: Mapping[str, Tensor]) -> tuple[()]:
+            self._read(layout.reading(there), there["features"])
+            return ()
+
+        self._run(("extend",), run, layout, {}, {"features": Piece(features, size)}, small=small)
         mine.length += count
 
     def propose(self, anchors: Sequence[Anchor]) -> list[Proposal]:
@@ -95,16 +111,64 @@ class DeviceDrafter:
                     f"{len(anchor.known)} tokens are known after the anchor: a block of "
                     f"{self.block_size} has no slot left to draft"
                 )
-        return self._stage.run(self._parallel(anchors), anchors) if anchors else []
+        return self._drafted(anchors) if anchors else []
 
-    def _parallel(self, anchors: Sequence[Anchor]) -> Tensor:
-        """The backbone over all blocks: normed hidden states [S, g, d] of the weights' dtype."""
-        weights, size, eps = self._weights, self.block_size, self._eps
+    def _drafted(self, anchors: Sequence[Anchor]) -> list[Proposal]:
+        rows = len(anchors) * self.block_size
+        small = self._recordings is not None and rows <= ROWS
+        layout = self._lay_out(anchors, COLUMNS if small else 1)
+        if small:
+            rows = bucket(len(anchors)) * self.block_size
+            layout = layout.padded(rows, ids=rows)
+        groups = self._stage.groups(anchors)
+        arrays = self._stage.arrays(anchors, groups, bucket if small else _as_many)
+
+        def run(there: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+            hidden = self._parallel(layout.reading(there))
+            return self._stage.chained(hidden, there, guided=bool(groups.guided))
+
+        made = self._run(("draft", bool(groups.guided)), run, layout, arrays, {}, small=small)
+        return self._stage.proposals(anchors, groups, made)
+
+    def _lay_out(self, anchors: Sequence[Anchor], columns: int = 1) -> Layout:
+        """The rows of all blocks, the anchor and then masks."""
+        size = self.block_size
         ids = np.full((len(anchors), size), self.config.mask_token_id)
         ids[:, 0] = [anchor.token for anchor in anchors]
         contexts = [paged_context(anchor.context) for anchor in anchors]
         spans = [Span(context.owner, context.length, size) for context in contexts]
-        rows = Layout.of(spans, ids=ids.reshape(-1)).on(self._device)
+        return Layout.of(spans, columns, ids=ids.reshape(-1))
+
+    def _run(
+        self,
+        key: tuple[object, ...],
+        function: Function,
+        layout: Layout,
+        arrays: Mapping[str, NDArray[Any]],
+        pieces: Mapping[str, Piece],
+        *,
+        small: bool,
+    ) -> tuple[Tensor, ...]:
+        """What ``function`` gives, replayed where that is asked for and the call is ``small``."""
+        every = {**layout.arrays, **arrays}
+        if self._recordings is None:
+            there = upload(every, self._device)
+            return function(there | {name: piece.tensor for name, piece in pieces.items()})
+        if not small:
+            return self._recordings.launch(function, every, pieces)
+        whole = (id(self), id(layout.pool), layout.longest, *key)
+        return self._recordings.run(whole, function, every, pieces, (self, layout.pool))
+
+    def _read(self, rows: PagedRows, features: Tensor) -> None:
+        """Append the context's keys and values of ``features``."""
+        mixed = self._weights.fc(features.to(self._dtype)).float()
+        normed = rms_norm(mixed, self._weights.hidden_norm, self._eps, self._dtype)
+        for index, layer in enumerate(self._weights.layers):
+            rows.append(self._first + index, layer.kv(normed), self._rotations[index])
+
+    def _parallel(self, rows: PagedRows) -> Tensor:
+        """The backbone over all blocks: normed hidden states [S, g, d] of the weights' dtype."""
+        weights, eps = self._weights, self._eps
         x = functional.embedding(rows.extra["ids"], weights.embedding).float()
         normed = rms_norm(x, weights.layers[0].input_norm, eps, self._dtype)
         for index, layer in enumerate(weights.layers):
@@ -115,4 +179,8 @@ class DeviceDrafter:
             is_last = index + 1 == len(weights.layers)
             following = weights.norm if is_last else weights.layers[index + 1].input_norm
             normed = rms_norm(x, following, eps, self._dtype, delta)
-        return normed.view(len(anchors), size, -1)
+        return normed.view(-1, self.block_size, normed.shape[1])
+
+
+def _as_many(count: int) -> int:
+    return count

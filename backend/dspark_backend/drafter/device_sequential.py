@@ -8,8 +8,9 @@ torch. A guide decides on the host, about slots that were guessed (``device_guid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,16 @@ from dspark_backend.speculation.protocol import Anchor, Proposal
 from dspark_backend.speculation.vocabulary import DraftVocabulary
 
 
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Places of anchors: ``free`` blocks are drafted whole by ``kernels/markov``, ``known`` ones
+    slot by slot, those that are ``guided`` with the host."""
+
+    free: list[int]
+    known: list[int]
+    guided: list[int]
+
+
 class DeviceSequentialStage:
     """Hidden states in, proposals out, with calibrated confidences."""
 
@@ -37,6 +48,7 @@ class DeviceSequentialStage:
         self, weights: DeviceDraftWeights, config: DrafterConfig, calibration: Calibration
     ) -> None:
         self._weights = weights
+        self._config = config
         self._slots = DeviceSlots(weights, config, calibration)
         self._vocabulary = DraftVocabulary(weights.ids.cpu().numpy())
         self._head: Head | None = None
@@ -45,77 +57,106 @@ class DeviceSequentialStage:
             ids = None if whole else weights.ids.int()
             self._head = Head(weights.sequential.w1, weights.sequential.w2.weight, ids)
 
-    def run(self, hidden: Tensor, anchors: Sequence[Anchor]) -> list[Proposal]:
-        """``hidden`` [S, g, d] of the weights' dtype: the block of each anchor."""
-        sessions, size, _ = hidden.shape
-        base = self._weights.head(hidden.flatten(0, 1)).view(sessions, size, -1)
-        guided = [i for i, anchor in enumerate(anchors) if anchor.guide is not None]
+    def groups(self, anchors: Sequence[Anchor]) -> Groups:
+        """Which of ``anchors`` are drafted how."""
         alone = [i for i, anchor in enumerate(anchors) if anchor.guide is None]
         known = [i for i in alone if anchors[i].known or self._head is None]
-        free = [i for i in alone if i not in known]
-        chained = []
-        if free:
-            chained.append(self._drafted(hidden, base, free, anchors))
-        if known:
-            chained.append(self._chained(hidden, base, known, anchors))
-        decided = self._guided(hidden, base, guided, anchors) if guided else None
+        return Groups(
+            free=[i for i in alone if i not in known],
+            known=known,
+            guided=[i for i, anchor in enumerate(anchors) if anchor.guide is not None],
+        )
+
+    def arrays(
+        self, anchors: Sequence[Anchor], groups: Groups, size: Callable[[int], int]
+    ) -> dict[str, NDArray[Any]]:
+        """What :meth:`chained` reads of ``anchors``, each group filled up to ``size`` of it with
+        what nobody looks at."""
+        arrays: dict[str, NDArray[Any]] = {}
+        if groups.free:
+            count = size(len(groups.free))
+            arrays["free"] = np.zeros(count, np.int64)
+            arrays["free_first"] = np.zeros(count, np.int32)
+            for place, i in enumerate(groups.free):
+                arrays["free"][place], arrays["free_first"][place] = i, anchors[i].token
+        if groups.known:
+            count = size(len(groups.known))
+            arrays["known"] = np.zeros(count, np.int64)
+            arrays["known_first"] = np.zeros(count, np.int64)
+            arrays["known_given"] = np.full((count, self._config.block_size), -1)
+            for place, i in enumerate(groups.known):
+                arrays["known"][place], arrays["known_first"][place] = i, anchors[i].token
+                arrays["known_given"][place, : len(anchors[i].known)] = anchors[i].known
+        return arrays
+
+    def chained(
+        self, hidden: Tensor, there: Mapping[str, Tensor], *, guided: bool
+    ) -> tuple[Tensor, ...]:
+        """Launch what needs nobody on the host, ``hidden`` [S, g, d] of the weights' dtype being
+        the block of each anchor and ``there`` what :meth:`arrays` gave. Tokens and survivals
+        float64 [n, 2 g] of each group there is; ``hidden`` and the base logits [S, g, D] on top of
+        that where there are ``guided`` blocks."""
+        base = self._weights.head(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
+        made = []
+        if "free" in there:
+            made.append(self._drafted(hidden, base, there))
+        if "known" in there:
+            made.append(self._chained(hidden, base, there))
+        return (*made, hidden, base) if guided else tuple(made)
+
+    def proposals(
+        self, anchors: Sequence[Anchor], groups: Groups, made: Sequence[Tensor]
+    ) -> list[Proposal]:
+        """The blocks of ``anchors``, of what :meth:`chained` gave."""
+        chained = made[:-2] if groups.guided else made
+        decided = self._guided(made[-2], made[-1], groups, anchors) if groups.guided else None
         guesses = () if decided is None else decided.guess()
         # The one wait, unless a guide does not take what was guessed for it.
         answers = download([*chained, *guesses])
-        rows = chain.from_iterable(answers[: len(chained)])
-        proposals = {
-            i: _proposal(row[:size], row[size:], len(anchors[i].known))
-            for i, row in zip((*free, *known), rows, strict=True)
-        }
+        size = self._config.block_size
+        proposals = {}
+        members = [group for group in (groups.free, groups.known) if group]
+        for group, rows in zip(members, answers, strict=False):
+            for i, row in zip(group, rows, strict=False):
+                proposals[i] = _proposal(row[:size], row[size:], len(anchors[i].known))
         if decided is not None:
             while guesses:
                 decided.decide(*answers[-len(guesses) :])
                 guesses = decided.guess()
                 answers = download(guesses)
-            proposals.update(zip(guided, decided.proposals(), strict=True))
-        return [proposals[i] for i in range(sessions)]
+            proposals.update(zip(groups.guided, decided.proposals(), strict=True))
+        return [proposals[i] for i in range(len(anchors))]
 
     def _guided(
-        self, hidden: Tensor, base: Tensor, which: Sequence[int], anchors: Sequence[Anchor]
+        self, hidden: Tensor, base: Tensor, groups: Groups, anchors: Sequence[Anchor]
     ) -> GuidedBlocks:
-        rows = upload({"which": np.array(which)}, base.device)["which"]
-        own = [anchors[i] for i in which]
+        rows = upload({"which": np.array(groups.guided)}, base.device)["which"]
+        own = [anchors[i] for i in groups.guided]
         return GuidedBlocks(self._slots, self._vocabulary, hidden[rows], base[rows], own)
 
-    def _drafted(
-        self, hidden: Tensor, base: Tensor, which: Sequence[int], anchors: Sequence[Anchor]
-    ) -> Tensor:
-        """Tokens and survivals float64 [F, 2 g] of whole blocks, by the kernel."""
+    def _drafted(self, hidden: Tensor, base: Tensor, there: Mapping[str, Tensor]) -> Tensor:
+        """Whole blocks, by the kernel."""
         assert self._head is not None
-        first = np.array([anchors[i].token for i in which], np.int32)
-        there = upload({"first": first, "which": np.array(which)}, base.device)
-        own = base[there["which"]].contiguous()
-        tokens = draft(Blocks(own, there["first"], self._head))
+        first = there["free_first"]
+        own = base[there["free"]].contiguous()
+        tokens = draft(Blocks(own, first, self._head))
         # A slot without a token (-1) ends the block: what the next ones read does not matter.
-        before = torch.cat([there["first"][:, None], tokens[:, :-1]], dim=1).clamp(min=0)
+        before = torch.cat([first[:, None], tokens[:, :-1]], dim=1).clamp(min=0)
         previous = self._head.w1[before.long()]
-        sure = self._slots.confidence(hidden[there["which"]], previous, slice(None))
+        sure = self._slots.confidence(hidden[there["free"]], previous, slice(None))
         return torch.cat([tokens.double(), sure.cumprod(dim=1)], dim=1)
 
-    def _chained(
-        self, hidden: Tensor, base: Tensor, which: Sequence[int], anchors: Sequence[Anchor]
-    ) -> Tensor:
-        """As :meth:`_drafted`, slot by slot: for any head, and for blocks that begin with known
-        tokens."""
-        size = hidden.shape[1]
-        given = np.full((len(which), size), -1)
-        for place, i in enumerate(which):
-            given[place, : len(anchors[i].known)] = anchors[i].known
-        first = np.array([anchors[i].token for i in which])
-        there = upload({"first": first, "given": given, "which": np.array(which)}, base.device)
-        hidden, base, token = hidden[there["which"]], base[there["which"]], there["first"]
+    def _chained(self, hidden: Tensor, base: Tensor, there: Mapping[str, Tensor]) -> Tensor:
+        """Slot by slot: for any head, and for blocks that begin with known tokens."""
+        given, token = there["known_given"], there["known_first"]
+        hidden, base = hidden[there["known"]], base[there["known"]]
         state: Tensor | None = None
         tokens, sure = [], []
-        for k in range(size):
+        for k in range(hidden.shape[1]):
             row, previous, state = self._slots.after(hidden[:, k], base[:, k], token, state)
             confidence = self._slots.confidence(hidden[:, k], previous, k)
-            is_given = there["given"][:, k] >= 0
-            token = torch.where(is_given, there["given"][:, k], self._weights.ids[row.argmax(1)])
+            is_given = given[:, k] >= 0
+            token = torch.where(is_given, given[:, k], self._weights.ids[row.argmax(1)])
             tokens.append(token)
             sure.append(torch.where(is_given, 1.0, confidence))
         survival = torch.stack(sure, dim=1).cumprod(dim=1)

@@ -57,9 +57,8 @@ class Mailbox:
         self._there.copy_(self._packed(arrays), non_blocking=True)
 
     def _packed(self, arrays: Arrays) -> Tensor:
-        packed_bytes = np.zeros(
-            sum(_aligned(arrays[name].nbytes) for name in self._names), np.uint8
-        )
+        size = sum(_aligned(arrays[name].nbytes) for name in self._names)
+        packed_bytes = np.zeros(max(size, _ALIGNMENT), np.uint8)
         at = 0
         for name in self._names:
             piece = np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8)

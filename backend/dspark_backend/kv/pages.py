@@ -18,8 +18,9 @@ PAGE = 64
 class PagePool:
     """P pages of S positions, all layers of the target and then those of the drafter in each.
 
-    ``keys`` and ``values`` are ``[layers, P, Hkv, S, hd]`` of ``dtype``; a layer of them is what
-    ``kernels/ragged_attention`` reads. A page that one sequence alone holds may be written; one
+    ``keys`` and ``values`` are ``[layers, P + 1, Hkv, S, hd]`` of ``dtype``; a layer of them is
+    what ``kernels/ragged_attention`` reads. The last page, ``scratch``, is nobody's: what pads a
+    pass is written there. A page that one sequence alone holds may be written; one
     that several hold may not. Pages count against ``budget``, each once. Not thread-safe.
     """
 
@@ -42,7 +43,8 @@ class PagePool:
         )
         pages = limit_bytes // self.page_bytes
         self.budget = KVBudget(pages * self.page_bytes)
-        size = (layers, pages, shape.kv_heads, page_size, shape.head_dim)
+        self.scratch = pages
+        size = (layers, pages + 1, shape.kv_heads, page_size, shape.head_dim)
         try:
             self.keys = torch.empty(size, dtype=dtype, device=device)
             self.values = torch.empty(size, dtype=dtype, device=device)

@@ -6,7 +6,7 @@ pass; the host learns how many drafts stand and which token follows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dspark_backend.errors import BackendError, GrammarError
 from dspark_backend.kernels.contract import Masks
+from dspark_backend.kernels.recording import Piece, Recordings, bucket
 from dspark_backend.kernels.upload import upload
 from dspark_backend.kernels.verify.contract import Batch, DraftProbabilities, Rule
 from dspark_backend.kernels.verify.triton import verify
@@ -34,7 +35,11 @@ Arrays = dict[str, NDArray[Any]]
 class DeviceVerifier:
     """Judges on the device of the logits, as :meth:`Sampler.verify` does: the same tokens where
     verification is greedy or coupled, up to how logarithms are rounded and where a nucleus ends;
-    the same distribution by rejection."""
+    the same distribution by rejection. With ``recordings``, what is neither penalised, biased, cut
+    nor drawn is replayed."""
+
+    def __init__(self, recordings: Recordings | None = None) -> None:
+        self._recordings = recordings
 
     def ask(self, logits: Tensor, questions: Sequence[Question]) -> list[Answer]:
         """As :meth:`Verifier.ask`; waits for the device, once."""
@@ -47,29 +52,73 @@ class DeviceVerifier:
             **rewriting(questions),
             **truncation(questions),
         }
-        there = upload(arrays, logits.device)
-        masks = Masks(there["mask_words"], there["mask_of_row"]) if "mask_words" in there else None
-        if any(name in there for name in ("bias", "penalty", "cut_rows")):
-            logits = truncated(rewritten(logits, there), masks, there)
-        batch = Batch(
-            logits=logits,
-            offsets=there["offsets"],
-            drafts=there["drafts"],
-            rules=there["rules"],
-            temperatures=there["temperatures"],
-            seeds=there["seeds"],
-            positions=there["positions"],
-            longest=max(question.rows for question in questions),
-            masks=masks,
-            q=_probabilities(there, logits.shape[1]),
-        )
-        verdict = verify(batch)
-        both = torch.stack([verdict.accepted, verdict.tokens]).cpu()  # the one copy back
+        longest = max(question.rows for question in questions)
+        if self._recordings is None:
+            both = _judged(logits, upload(arrays, logits.device), longest)
+        else:
+            both = self._replayed(self._recordings, logits, arrays, longest)
         vocab = logits.shape[1]
+        verdicts = both.cpu().tolist()  # the one copy back
         return [
             partial(_answer, question, vocab, accepted, token)
-            for question, accepted, token in zip(questions, *both.tolist(), strict=True)
+            for question, accepted, token in zip(questions, *verdicts, strict=False)
         ]
+
+    def _replayed(
+        self, recordings: Recordings, logits: Tensor, arrays: Arrays, longest: int
+    ) -> Tensor:
+        """As :func:`_judged`, for at least as many requests."""
+        if any(name in arrays for name in ("bias", "penalty", "cut_rows", "q")):
+            # How much is rewritten or drawn changes from step to step, and its shapes with it.
+            run = partial(_judgement, longest=longest)
+            (both,) = recordings.launch(run, arrays, {"logits": Piece(logits, len(logits))})
+            return both
+        longest = 1 << (longest - 1).bit_length()
+        rows = bucket(len(logits))
+        run = partial(_judgement, longest=longest)
+        pieces = {"logits": Piece(logits, rows)}
+        (both,) = recordings.run(("verdict", longest), run, _padded(arrays, rows), pieces)
+        return both
+
+
+def _judgement(there: Mapping[str, Tensor], longest: int) -> tuple[Tensor]:
+    rest = {name: tensor for name, tensor in there.items() if name != "logits"}
+    return (_judged(there["logits"], rest, longest),)
+
+
+def _judged(logits: Tensor, there: dict[str, Tensor], longest: int) -> Tensor:
+    """Accepted lengths and next tokens, int32 [2, B], on the device."""
+    masks = Masks(there["mask_words"], there["mask_of_row"]) if "mask_words" in there else None
+    if any(name in there for name in ("bias", "penalty", "cut_rows")):
+        logits = truncated(rewritten(logits, there), masks, there)
+    batch = Batch(
+        logits=logits,
+        offsets=there["offsets"],
+        drafts=there["drafts"],
+        rules=there["rules"],
+        temperatures=there["temperatures"],
+        seeds=there["seeds"],
+        positions=there["positions"],
+        longest=longest,
+        masks=masks,
+        q=_probabilities(there, logits.shape[1]),
+    )
+    verdict = verify(batch)
+    return torch.stack([verdict.accepted, verdict.tokens])
+
+
+def _padded(arrays: Arrays, rows: int) -> Arrays:
+    """``arrays`` for ``rows`` rows, a mask for each where there are masks, and for requests without
+    rows up to a size that recordings are made for."""
+    requests = bucket(len(arrays["rules"]))
+    sizes = {"offsets": requests + 1, "drafts": rows, "mask_of_row": rows, "mask_words": rows}
+    padded = {}
+    for name, array in arrays.items():
+        more = sizes.get(name, requests) - len(array)
+        # No rows: they end where the last request does. No drafts, no temperature of 0.
+        fill = array[-1] if name == "offsets" else 1
+        padded[name] = np.concatenate([array, np.full((more, *array.shape[1:]), fill, array.dtype)])
+    return padded
 
 
 def _answer(question: Question, vocab: int, accepted: int, token: int) -> Acceptance:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dspark_backend.kernels.ragged_attention.contract import Batch, Sight
 from dspark_backend.kernels.ragged_attention.triton import attend
+from dspark_backend.kernels.recording import bucket
 from dspark_backend.kernels.rope.triton import Places, Rotation, rope_append
 from dspark_backend.kernels.upload import upload
 from dspark_backend.kv.paged import PagedKV
@@ -77,10 +78,31 @@ class Layout:
     def rows(self) -> int:
         return len(self.arrays["positions"])
 
-    @property
-    def shape(self) -> tuple[object, ...]:
-        """What two layouts share whose rows the same launches can serve."""
-        return self.longest, *((name, array.shape) for name, array in self.arrays.items())
+    def padded(self, rows: int, **extra: int) -> Layout:
+        """As many rows as given, and of each array of ``extra`` as many entries, 0 for what comes
+        on top: those rows are a sequence in the pool's scratch page, or none is. A recording for
+        this size serves all layouts that are padded to it."""
+        arrays, size = self.arrays, self.pool.page_size
+        more, count = rows - self.rows, len(arrays["starts"])
+        requests = bucket(count + (more > 0))
+        empty = requests - count
+        at = (np.arange(more) % size).astype(np.int32)
+        ends = np.full(empty, rows, np.int32)
+        table = np.full((empty, arrays["table"].shape[1]), self.pool.scratch, np.int32)
+        padded: dict[str, NDArray[Any]] = {
+            "positions": np.concatenate([arrays["positions"], at]),
+            "pages": np.concatenate([arrays["pages"], np.full_like(at, self.pool.scratch)]),
+            "slots": np.concatenate([arrays["slots"], at]),
+            "offsets": np.concatenate([arrays["offsets"], ends]),
+            "starts": np.concatenate([arrays["starts"], np.zeros(empty, np.int32)]),
+            "table": np.concatenate([arrays["table"], table]),
+        }
+        for name in self.extra:
+            array = arrays[name]
+            fill = np.zeros((extra[name] - len(array), *array.shape[1:]), array.dtype)
+            padded[name] = np.concatenate([array, fill])
+        longest = 1 << (max(self.longest, more) - 1).bit_length()
+        return Layout(self.pool, padded, self.extra, longest)
 
     def on(self, device: torch.device) -> PagedRows:
         """The rows, with all arrays copied to ``device``."""

@@ -4,7 +4,7 @@ tensors. Recording itself is CUDA's; where there is no GPU, a recording runs its
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,38 +12,29 @@ import pytest
 import torch
 
 from dspark_backend.catalog.files import open_checkpoint
+from dspark_backend.kernels.recording import (
+    Capture,
+    Piece,
+    RecordingCounts,
+    Recordings,
+    Tensors,
+    bucket,
+)
 from dspark_backend.kernels.upload import Mailbox
+from dspark_backend.kv.paged import paged
 from dspark_backend.kv.sequence import KV
 from dspark_backend.target.batch import Batch, Rows
 from dspark_backend.target.device_load import load_device_decoder
-from dspark_backend.target.graphs import GraphCounts, GraphedDecoder
-from dspark_backend.target.protocol import Pass
+from dspark_backend.target.graphs import GraphedDecoder
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def again(run: Callable[[], Pass]) -> tuple[Callable[[], object], Pass]:
-    """As a CUDA graph: nothing that ``run`` gives is kept but the place of its results."""
-    result = run()
-    result.logits.fill_(torch.nan)
-    result.features.fill_(torch.nan)
-
-    def replay() -> None:
-        there = run()
-        result.logits.copy_(there.logits)
-        result.features.copy_(there.features)
-
-    return replay, result
-
-
-CAPTURE = None if DEVICE.type == "cuda" else again
-
-
 @pytest.fixture
-def graphed(tiny_checkpoint: Callable[..., Path]) -> GraphedDecoder:
+def graphed(tiny_checkpoint: Callable[..., Path], capture: Capture | None) -> GraphedDecoder:
     files = open_checkpoint("tiny", tiny_checkpoint("qwen3"))
     decoder = load_device_decoder(files, torch.float32, 512, DEVICE)
-    return GraphedDecoder(decoder, CAPTURE, most=2)
+    return GraphedDecoder(decoder, Recordings(DEVICE, capture, most=2))
 
 
 def filled(graphed: GraphedDecoder, lengths: Sequence[int]) -> list[KV]:
@@ -74,7 +65,7 @@ def test_a_replay_gives_the_bits_of_a_pass(graphed: GraphedDecoder) -> None:
     # What an earlier pass gave is its own.
     assert all(torch.equal(logits, then) for logits, then in before)
     assert len({float(then[0, 0]) for _, then in before}) == 6
-    assert graphed.counts == GraphCounts(hits=4, misses=2, recorded=1)
+    assert graphed.recordings.counts == RecordingCounts(hits=4, misses=2, recorded=1)
 
 
 def test_another_shape_is_another_recording_and_few_are_kept(graphed: GraphedDecoder) -> None:
@@ -83,9 +74,24 @@ def test_another_shape_is_another_recording_and_few_are_kept(graphed: GraphedDec
         for _ in range(3):
             graphed.forward(Batch([Rows(kv, (5,) * count, 1)]))
     # A shape whose recording left is seen anew.
-    assert graphed.counts == GraphCounts(hits=4, misses=8, recorded=4)
+    assert graphed.recordings.counts == RecordingCounts(hits=4, misses=8, recorded=4)
     graphed.forward(Batch([Rows(kv, (5, 5, 5), 1)]))
-    assert graphed.counts.hits == 5
+    assert graphed.recordings.counts.hits == 5
+
+
+def test_passes_of_one_bucket_share_a_recording(graphed: GraphedDecoder) -> None:
+    """Three sequences or four, eleven rows or sixteen, with and without logits of all of them."""
+    kvs = filled(graphed, (5, 61, 70, 3))
+    pool = paged(kvs[0]).pool
+    for counts in ((2, 2, 7), (3, 2, 7, 4), (5, 5, 5), (1, 1, 8, 6), (2, 3, 4, 7), (6, 6, 4)):
+        rows = [Rows(kv, range(9, 9 + n), 1) for kv, n in zip(kvs, counts, strict=False)]
+        expected = graphed.decoder.forward(Batch(rows), (0,))
+        before = pool.keys[:, : pool.scratch].clone()
+        given = graphed.forward(Batch(rows), (0,))
+        assert torch.equal(given.logits, expected.logits)
+        assert torch.equal(given.features, expected.features)
+        assert torch.equal(pool.keys[:, : pool.scratch], before), "padding is nobody's"
+    assert graphed.recordings.counts == RecordingCounts(hits=4, misses=2, recorded=1)
 
 
 def test_what_is_too_large_is_launched(
@@ -95,23 +101,23 @@ def test_what_is_too_large_is_launched(
     (kv,) = filled(graphed, (9,))
     for _ in range(4):
         graphed.forward(Batch([Rows(kv, (5,) * 4, 1)]))
-    assert graphed.counts == GraphCounts(misses=4)
+    assert graphed.recordings.counts == RecordingCounts(misses=4)
 
 
 def test_where_recording_fails_passes_are_launched(
     graphed: GraphedDecoder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(run: Callable[[], Pass]) -> tuple[Callable[[], object], Pass]:
+    def broken(run: Callable[[], Tensors]) -> tuple[Callable[[], object], Tensors]:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    graphed = GraphedDecoder(graphed.decoder, broken)
+    graphed = GraphedDecoder(graphed.decoder, Recordings(DEVICE, broken))
     (kv,) = filled(graphed, (9,))
     batch = Batch([Rows(kv, (5,), 1)])
     expected = graphed.decoder.forward(batch).logits
     with caplog.at_level(logging.ERROR):
         for _ in range(4):
             assert torch.equal(graphed.forward(batch).logits, expected)
-    assert graphed.counts == GraphCounts(misses=4)
+    assert graphed.recordings.counts == RecordingCounts(misses=4)
     assert caplog.text.count("could not be recorded") == 1
 
 
@@ -130,3 +136,45 @@ def test_a_mailbox_takes_what_fits_and_nothing_else() -> None:
     ):
         with pytest.raises(ValueError, match="fit in here"):
             box.refill(wrong)
+
+
+def test_sizes_of_recordings_are_few_and_close_above() -> None:
+    sizes = [bucket(count) for count in range(257)]
+    assert sizes[:10] == [0, 1, 2, 4, 4, 8, 8, 8, 8, 16]
+    assert all(count <= size <= max(2 * count, count + 31) for count, size in enumerate(sizes))
+    assert all(bucket(size) == size for size in sizes)
+    assert len(set(sizes)) == 18
+
+
+def test_a_replay_reads_its_own_tensors_and_gives_new_ones(capture: Capture | None) -> None:
+    recordings = Recordings(DEVICE, capture)
+
+    def weighted(there: Mapping[str, torch.Tensor]) -> Tensors:
+        return (there["x"] * there["weights"][:, None]).sum(0), there["x"] + 1
+
+    given, expected = [], []
+    for step in range(5):
+        x = torch.full((3 - step % 2, 2), float(step + 1), device=DEVICE)
+        weights = np.array([1.0, 10.0, 100.0, 1000.0], np.float32) + step
+        total, more = recordings.run("w", weighted, {"weights": weights}, {"x": Piece(x, 4)})
+        expected.append((x * torch.from_numpy(weights[: len(x), None]).to(DEVICE)).sum(0))
+        assert more[: len(x)].equal(x + 1)
+        given.append(total)
+        x.fill_(torch.nan)  # what the recording was made of, or an earlier replay read
+        weights.fill(np.nan)
+    assert all(a.equal(b) for a, b in zip(given, expected, strict=True))
+    assert recordings.counts == RecordingCounts(hits=3, misses=2, recorded=1)
+    # Another dtype, another key, another width: none of them is served by it.
+    other = torch.ones(3, 2, dtype=torch.float64, device=DEVICE)
+    for key, piece in (("v", Piece(other.float(), 4)), ("w", Piece(other, 4))):
+        recordings.run(key, weighted, {"weights": np.ones(4, np.float32)}, {"x": piece})
+    recordings.run("w", weighted, {"weights": np.ones(3, np.float32)}, {"x": Piece(other, 3)})
+    assert recordings.counts == RecordingCounts(hits=3, misses=5, recorded=1)
+
+
+def test_what_is_remembered_of_shapes_is_bounded(capture: Capture | None) -> None:
+    recordings = Recordings(DEVICE, capture, most=1)
+    for size in range(500):
+        recordings.run("x", lambda there: (there["a"],), {"a": np.zeros(size)})
+    assert len(recordings._seen) <= 65
+    assert not recordings._kept

@@ -27,8 +27,8 @@ from dspark_backend.bench.host import host_facts
 from dspark_backend.catalog import resolve
 from dspark_backend.checkpoint.config import TargetConfig
 from dspark_backend.drafter.checkpoint import write_drafter
+from dspark_backend.kernels.recording import Capture
 from dspark_backend.target.device_load import load_device_decoder
-from dspark_backend.target.protocol import Pass
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -110,23 +110,16 @@ def trial(
     return checks.Trial(files, folder, DEVICE, prompts, tokens=6, kv_bytes=2**24)
 
 
-def again(run: Callable[[], Pass]) -> tuple[Callable[[], object], Pass]:
-    """A recording that runs its function again."""
-    result = run()
-
-    def replay() -> None:
-        result.logits.copy_(run().logits)
-
-    return replay, result
-
-
-def test_the_checks_hold_on_a_tiny_model(trial: checks.Trial) -> None:
+def test_the_checks_hold_on_a_tiny_model(trial: checks.Trial, capture: Capture | None) -> None:
     assert checks.as_on_the_cpu(trial) == {"texts": 2, "tokens": 12}
     assert checks.in_any_company(trial, "fp32")["coupled"] == 12
     assert checks.with_and_without_speculation(trial, "fp32")["rejection"] == 12
     assert checks.bits_of_a_row(trial)["rows"] == [{"rows compared": 2}]
-    replayed = checks.recorded_passes(trial, "fp32", None if DEVICE.type == "cuda" else again)
-    assert replayed["hits"] > 0
+    replayed = checks.recorded_steps(trial, "fp32", capture)["rows"]
+    assert [row["steps"] for row in replayed] == [
+        *("greedy, 0 drafts", "coupled, 0 drafts", "greedy, 3 drafts")
+    ]
+    assert all(row["hits"] > row["recorded"] > 0 for row in replayed)
     assert checks.never_waits(DEVICE, vocab=70) == {"vocabulary": 70}
 
 

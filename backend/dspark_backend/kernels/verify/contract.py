@@ -45,15 +45,16 @@ class DraftProbabilities:
 @dataclass(frozen=True, slots=True)
 class Batch:
     """The rows of B requests, one block of ``l_b + 1`` rows a request: row k of a block chooses the
-    token at ``positions[b] + k``, given the block's first k drafts.
+    token at ``positions[b] + k``, given the block's first k drafts. A request without rows is there
+    for the size of the launch: it accepts nothing, and its token is -1.
 
     ``logits`` [R, V] bfloat16, float16 or float32, after penalties and before the mask and the
-    temperature; ``offsets`` int32 [B + 1], request b has the rows ``offsets[b]:offsets[b + 1]``, at
-    least one; ``drafts`` int32 [R], the token that each row judges (a block's last is not looked
-    at; an id outside the vocabulary never stands); ``rules`` int32 [B] of :class:`Rule`;
-    ``temperatures`` float32 [B], positive, not looked at for greedy requests; ``seeds`` and
-    ``positions`` int64 [B]. ``longest`` bounds the rows of a block: the host knows it, so that a
-    launch depends on nothing that lies on the device. Nothing is written to.
+    temperature; ``offsets`` int32 [B + 1], request b has the rows ``offsets[b]:offsets[b + 1]``;
+    ``drafts`` int32 [R], the token that each row judges (a block's last is not looked at; an id
+    outside the vocabulary never stands); ``rules`` int32 [B] of :class:`Rule`; ``temperatures``
+    float32 [B], positive, not looked at for greedy requests; ``seeds`` and ``positions`` int64 [B].
+    ``longest`` bounds the rows of a block: the host knows it, so that a launch depends on nothing
+    that lies on the device. Nothing is written to.
     """
 
     logits: Tensor
