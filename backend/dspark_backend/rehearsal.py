@@ -52,7 +52,8 @@ def compile_kernels(
             drafter.propose([anchor])
             # Slot by slot, and with somebody who decides: other kernels, or other work of torch.
             guide = ChainGuide(None, drafter.block_size, Likeliest())
-            drafter.propose([replace(anchor, known=(anchor.token,)), replace(anchor, guide=guide)])
+            known = (anchor.token,)[: drafter.block_size - 1]  # a slot is left to draft
+            drafter.propose([replace(anchor, known=known), replace(anchor, guide=guide)])
         target.wait()
     suffix.warm()
 
