@@ -76,6 +76,7 @@ class Launches:
         self._into = []
 
 
+@pytest.mark.slow
 def test_a_step_asks_for_no_kernel_that_loading_did_not_compile(
     make_drafter: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -292,7 +292,7 @@ def test_steps_wait_for_memory_and_none_dies_of_it(files: ModelFiles, plain: Eng
         assert engine.kv_used_bytes <= 2 * 64 * position
 
 
-@pytest.mark.parametrize("head", ["vanilla", "rnn"])
+@pytest.mark.parametrize("head", ["vanilla", pytest.param("rnn", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_drafter_from_disk_changes_no_token(
     head: str, temperature: float, make_drafter: MakeDrafter, tmp_path: Path

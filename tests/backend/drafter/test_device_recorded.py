@@ -36,7 +36,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCAB = 512
 
 
-@pytest.mark.parametrize("head", ["vanilla", "rnn"])
+@pytest.mark.parametrize("head", ["vanilla", pytest.param("rnn", marks=pytest.mark.slow)])
 def test_drafts_and_contexts_are_those_that_are_launched(
     head: str, make_drafter: Callable[..., Any], tmp_path: Path, capture: Capture | None
 ) -> None:
