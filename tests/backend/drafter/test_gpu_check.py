@@ -110,6 +110,7 @@ def trial(
     return checks.Trial(files, folder, DEVICE, prompts, tokens=6, kv_bytes=2**24)
 
 
+@pytest.mark.slow
 def test_the_checks_hold_on_a_tiny_model(trial: checks.Trial, capture: Capture | None) -> None:
     assert checks.as_on_the_cpu(trial) == {"texts": 2, "tokens": 12}
     assert checks.in_any_company(trial, "fp32")["coupled"] == 12
