@@ -117,7 +117,7 @@ class Arbiter:
             return []
         wanting = []
         for index, step in enumerate(steps):
-            expected = self._outlook.expected(step.kind)
+            expected = self._outlook.expected(step, step.kind)
             copy = copies.get(index)
             if step.room > 0 and (copy is None or copy.gain < sum(expected)):
                 wanting.append(index)
@@ -130,7 +130,7 @@ class Arbiter:
         survival = proposal.survival
         if self.signals.calibration:
             survival = self._calibrator.survival(step.kind, survival, proposal.mask_width)
-        self._outlook.drafted(step.kind, survival)
+        self._outlook.drafted(step, step.kind, survival)
         return Offer(proposal, survival)
 
     def better(self, step: Speculating, copy: Offer | None, draft: Offer | None) -> Offer | None:
@@ -177,17 +177,20 @@ class Arbiter:
         for index, step in enumerate(steps):
             survival: tuple[float, ...] = ()
             if index in wanting:
-                survival = self._outlook.expected(step.kind)
+                survival = self._outlook.expected(step, step.kind)
             elif index in copies:
                 survival = copies[index].survival
             drafted = index in wanting
             expected.append(_candidate(step, survival, drafted=drafted))
         worth = worth_drafting([*expected, *others], self._cost)
-        return [
-            index
-            for index in wanting
-            if worth[index] or not self._outlook.parked(steps[index].kind)
-        ]
+        chosen = []
+        for index in wanting:
+            if worth[index]:
+                self._outlook.worth(steps[index])
+                chosen.append(index)
+            elif not self._outlook.parked(steps[index]):
+                chosen.append(index)
+        return chosen
 
     def _candidate(self, step: Speculating) -> Candidate:
         block = step.block

@@ -1,48 +1,81 @@
-"""What drafts have been worth lately, by step kind: for deciding whether to draft at all."""
+"""What drafts have been worth lately, to a step and to its kind: for deciding whether to draft."""
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Final
+from weakref import WeakKeyDictionary
 
 from dspark_backend.request import StepKind
 
-_REMEMBERED: Final = 16
-_PROBE_EVERY: Final = 24
 _HOPE: Final = 0.8
+# Exponential weights of the latest draft, in a step and over all steps of a kind: some four drafts
+# and some sixteen. Texts differ more than a text does from one line to the next.
+_STEP: Final = 0.25
+_KIND: Final = 1.0 / 16
+# A parked step is tried again after so many cycles, then after twice as many, up to the longest: a
+# try costs a fifth of a cycle, and a text that has become easy half of every cycle.
+_SOONEST: Final = 4
+_LATEST: Final = 16
+
+Survival = tuple[float, ...]
 
 
 class Outlook:
-    """The calibrated survivals of the latest drafts of each step kind; used by the engine's thread.
+    """Running means of the calibrated survivals of drafts; used by the engine's thread.
 
-    A kind that nobody has drafted for is hoped for (each slot survives with 0.8), so that it is
-    tried; one that is parked is tried again every 24 cycles, since text changes.
+    A step begins with what drafts of its kind have been worth, and is soon judged by its own: a
+    hard text must not cost the next one its drafts. A kind that nobody has drafted for is hoped
+    for (each slot survives with 0.8). Steps are told apart by identity and forgotten with it.
     """
 
     def __init__(self, block_size: int) -> None:
         self._hope = tuple(_HOPE ** (k + 1) for k in range(block_size))
-        self._recent: dict[StepKind, deque[tuple[float, ...]]] = {}
-        self._parked: dict[StepKind, int] = {}
+        self._kinds: dict[StepKind, Survival] = {}
+        self._steps: WeakKeyDictionary[object, _Own] = WeakKeyDictionary()
 
-    def expected(self, kind: StepKind) -> tuple[float, ...]:
+    def expected(self, step: object, kind: StepKind) -> Survival:
         """The mean survival of every slot; a slot that a draft did not have counts as 0."""
-        recent = self._recent.get(kind)
-        if not recent:
-            return self._hope
-        longest = max(map(len, recent))
-        sums = [0.0] * longest
-        for survival in recent:
-            for k, value in enumerate(survival):
-                sums[k] += value
-        return tuple(total / len(recent) for total in sums)
+        own = self._steps.get(step)
+        if own is not None and own.mean is not None:
+            return own.mean
+        return self._kinds.get(kind, self._hope)
 
-    def drafted(self, kind: StepKind, survival: tuple[float, ...]) -> None:
+    def drafted(self, step: object, kind: StepKind, survival: Survival) -> None:
         """The drafter was asked, and this is what its block is expected to be worth."""
-        self._recent.setdefault(kind, deque(maxlen=_REMEMBERED)).append(survival)
-        self._parked[kind] = 0
+        own = self._steps.setdefault(step, _Own())
+        before = self.expected(step, kind) if kind in self._kinds else survival
+        own.mean = _moved(before, survival, _STEP)
+        self._kinds[kind] = _moved(self._kinds.get(kind, survival), survival, _KIND)
 
-    def parked(self, kind: StepKind) -> bool:
-        """The drafter does not pay for this kind now: True where it is not to be asked, False every
-        24th time."""
-        self._parked[kind] = self._parked.get(kind, 0) + 1
-        return self._parked[kind] % _PROBE_EVERY != 0
+    def worth(self, step: object) -> None:
+        """The drafter pays for the step now."""
+        own = self._steps.get(step)
+        if own is not None:
+            own.parked, own.patience = 0, _SOONEST
+
+    def parked(self, step: object) -> bool:
+        """The drafter does not pay for the step now: True where it is not to be asked, False every
+        so often."""
+        own = self._steps.setdefault(step, _Own())
+        own.parked += 1
+        if own.parked < own.patience:
+            return True
+        own.parked, own.patience = 0, min(2 * own.patience, _LATEST)
+        return False
+
+
+class _Own:
+    """A step's own: its mean, cycles parked since the last try, and cycles until the next."""
+
+    __slots__ = ("mean", "parked", "patience")
+
+    def __init__(self) -> None:
+        self.mean: Survival | None = None
+        self.parked = 0
+        self.patience = _SOONEST
+
+
+def _moved(mean: Survival, value: Survival, weight: float) -> Survival:
+    longest = max(len(mean), len(value))
+    padded = ((*each, *(0.0,) * (longest - len(each))) for each in (mean, value))
+    return tuple(a + weight * (b - a) for a, b in zip(*padded, strict=True))

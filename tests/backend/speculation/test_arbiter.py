@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -34,7 +35,7 @@ class Cost:
         return self.draft * anchors
 
 
-@dataclass
+@dataclass(eq=False)
 class Step:
     kind: StepKind = StepKind.TEXT
     weight: float = 1.0
@@ -91,6 +92,43 @@ def test_a_drafter_that_is_always_wrong_is_parked_and_tried_again() -> None:
     assert 5 <= sum(asked[20:]) <= 12  # one cycle in 24
     busy = Step(StepKind.TOOL_CALL)
     assert mind.to_draft([busy], {}, []) == [0]  # nothing is known of another kind
+
+
+def test_a_hard_text_does_not_cost_the_next_one_its_drafts() -> None:
+    mind = arbiter(Cost(draft=5.0))
+    good, bad = Proposal((1, 2), (0.9, 0.8), "dspark"), Proposal((1, 2), (0.05, 0.01), "dspark")
+    for _ in range(40):
+        easy = Step()
+        assert mind.to_draft([easy], {}, []) == [0]
+        mind.drafted(easy, good)
+    hard, other = Step(), Step()
+    for _ in range(30):
+        if mind.to_draft([hard], {}, []):
+            mind.drafted(hard, bad)
+    assert mind.to_draft([hard, other], {}, []) == [1]
+    mind.drafted(other, good)
+    assert mind.to_draft([hard, other], {}, []) == [1]
+
+
+def test_a_text_that_becomes_easy_is_drafted_for_again_soon() -> None:
+    mind, step = arbiter(Cost(draft=5.0)), Step()
+    for _ in range(60):
+        if mind.to_draft([step], {}, []):
+            mind.drafted(step, Proposal((1, 2), (0.05, 0.01), "dspark"))
+    asked = []
+    for _ in range(60):
+        asked.append(bool(mind.to_draft([step], {}, [])))
+        if asked[-1]:
+            mind.drafted(step, Proposal((1, 2, 3, 4), (0.95, 0.9, 0.85, 0.8), "dspark"))
+    assert all(asked[40:])
+
+
+def test_what_steps_were_worth_is_forgotten_with_them() -> None:
+    mind = arbiter()
+    for _ in range(100):
+        mind.drafted(Step(), Proposal((1,), (0.5,), "dspark"))
+    gc.collect()
+    assert len(mind._outlook._steps) == 0
 
 
 def test_parking_can_be_turned_off() -> None:
