@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -118,8 +119,8 @@ class Decoder:
         features = np.empty((batch.rows, len(taps) * config.hidden_size), np.float32)
         column = self._tap(features, 0, x, -1 in taps)
         eps = config.rms_norm_eps
-        flat = (batch.rows, config.num_heads * config.head_dim)
         for index, layer in enumerate(weights.layers):
+            is_last = index + 1 == len(weights.layers)
             if index == 0:
                 rms_norm(x, layer.input_norm, eps, work.normed)
             layer.qkv(work.normed, work.qkv)
@@ -130,20 +131,28 @@ class Decoder:
                     work.qkv[first:last], at, self._cos, self._sin,
                     layer.q_norm, layer.k_norm, eps, q, keys, values,
                 )  # fmt: skip
+            if is_last:
+                # Of a row that no logits are wanted of, what follows its last keys is no use.
+                work, x, spans, positions = self._wanted(batch, work, x, spans, positions)
+                caches.spans = np.array(spans, np.int64)
+                if not len(x):
+                    break
             attend(
                 work.q, caches.spans, caches.keys_of(index), caches.values_of(index),
                 caches.capacities, config.num_kv_heads, positions, work.mixed,
             )  # fmt: skip
-            layer.output(work.mixed.reshape(flat), work.delta)
+            layer.output(work.mixed.reshape(len(x), -1), work.delta)
             add_rms_norm(x, work.delta, layer.post_norm, eps, work.normed)
             layer.gate_up(work.normed, work.gate_up)
             silu_mul(work.gate_up, work.gated)
             layer.down(work.gated, work.delta)
-            is_last = index + 1 == len(weights.layers)
             following = weights.norm if is_last else weights.layers[index + 1].input_norm
             add_rms_norm(x, work.delta, following, eps, work.normed)
             column = self._tap(features, column, x, index in taps)
-        return Pass(self._logits(batch, spans, work.normed), torch.from_numpy(features))
+        logits = torch.empty((len(x), weights.head.channels), dtype=torch.float32)
+        if len(x):
+            weights.head(work.normed, logits.numpy())
+        return Pass(logits, torch.from_numpy(features))
 
     def wait(self) -> None:
         """A pass is over when :meth:`forward` returns."""
@@ -156,18 +165,26 @@ class Decoder:
         features[:, column : column + x.shape[1]] = x
         return column + int(x.shape[1])
 
-    def _logits(
-        self, batch: Batch, spans: Sequence[tuple[int, int]], normed: NDArray[np.float32]
-    ) -> torch.Tensor:
-        wanted = [
-            row
-            for (_, last), rows in zip(spans, batch.sequences, strict=True)
-            for row in range(last - rows.logits, last)
-        ]
-        logits = torch.empty((len(wanted), self._weights.head.channels), dtype=torch.float32)
-        if wanted:
-            self._weights.head(np.ascontiguousarray(normed[wanted]), logits.numpy())
-        return logits
+    def _wanted(
+        self,
+        batch: Batch,
+        work: _Workspace,
+        x: NDArray[np.float32],
+        spans: list[tuple[int, int]],
+        positions: NDArray[np.int64],
+    ) -> tuple[_Workspace, NDArray[np.float32], list[tuple[int, int]], NDArray[np.int64]]:
+        """Queries, residual stream, spans and positions of the rows that logits are wanted of."""
+        counts = [rows.logits for rows in batch.sequences]
+        if sum(counts) == batch.rows:
+            return work, x, spans, positions
+        ends = list(accumulate(counts))
+        kept = np.concatenate(
+            [np.arange(last - count, last) for (_, last), count in zip(spans, counts, strict=True)]
+        )
+        narrow = self._workspace(len(kept))
+        narrow.q[:] = work.q[kept]
+        narrowed = list(pairwise([0, *ends]))
+        return narrow, x[kept], narrowed, positions[kept]
 
     def _spans(self, batch: Batch) -> tuple[list[tuple[int, int]], NDArray[np.int64]]:
         spans, pieces, first = [], [], 0

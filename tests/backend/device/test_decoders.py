@@ -111,6 +111,28 @@ def test_only_wanted_rows_get_logits(tiny_checkpoint: TinyCheckpoint, name: str)
     assert torch.equal(model.forward(Batch(rows)).logits, full[-3:])
 
 
+@pytest.mark.parametrize("name", [*CPU, "device-float32"])
+@pytest.mark.parametrize("wanted", [0, 1, 7])
+def test_rows_without_logits_are_read_all_the_same(
+    tiny_checkpoint: TinyCheckpoint, name: str, wanted: int
+) -> None:
+    model = DECODERS[name](open_checkpoint("tiny", tiny_checkpoint("llama")))
+    tokens, others = token_ids(40), token_ids(9, seed=1)
+    whole, cut, other, neighbour = sequences(model, 4)
+    expected = run(model, whole, tokens, taps=(0,))
+    followed = run(model, whole, token_ids(5, seed=2)).logits
+    run(model, other, others)
+    result = model.forward(Batch([Rows(cut, tokens, wanted), Rows(neighbour, others, 0)]), (0,))
+    cut.length += len(tokens)
+    neighbour.length += len(others)
+    assert torch.equal(result.logits, expected.logits[len(tokens) - wanted :])
+    assert torch.equal(result.features[: len(tokens)], expected.features)
+    assert torch.equal(run(model, cut, token_ids(5, seed=2)).logits, followed)
+    assert torch.equal(
+        run(model, neighbour, others[:1]).logits, run(model, other, others[:1]).logits
+    )
+
+
 @pytest.mark.parametrize("name", ["cpu-int8", "device-float32"])
 def test_a_pass_that_does_not_fit_is_refused(tiny_checkpoint: TinyCheckpoint, name: str) -> None:
     model = DECODERS[name](open_checkpoint("tiny", tiny_checkpoint("llama")))
