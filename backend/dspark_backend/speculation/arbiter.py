@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Final, Protocol
 
 from dspark_backend.request import StepKind
 from dspark_backend.speculation.block import Block, Extend, Offer
@@ -25,6 +25,9 @@ from dspark_backend.speculation.policies import Fixed
 from dspark_backend.speculation.protocol import Proposal
 from dspark_backend.speculation.signals import Signals
 from dspark_backend.speculation.step_aware import StepAware
+
+# How surely a draft goes on in an easy text, such as boilerplate.
+_EASY: Final = 0.9
 
 
 class Speculating(Protocol):
@@ -81,6 +84,7 @@ class Arbiter:
         self._calibrator = SurvivalCalibrator()
         self._outlook = Outlook(block_size)
         self._block_size = block_size
+        self._easy = tuple(_EASY ** (k + 1) for k in range(block_size))
 
     def copies(self, proposer: CopyProposer, step: Speculating) -> Offer | None:
         """What the step's own log suggests; None where that is nothing."""
@@ -173,7 +177,7 @@ class Arbiter:
         others: Sequence[Candidate],
     ) -> list[int]:
         assert self._cost is not None
-        expected = []
+        expected: list[Candidate] = []
         for index, step in enumerate(steps):
             survival: tuple[float, ...] = ()
             if index in wanting:
@@ -183,14 +187,19 @@ class Arbiter:
             drafted = index in wanting
             expected.append(_candidate(step, survival, drafted=drafted))
         worth = worth_drafting([*expected, *others], self._cost)
-        chosen = []
+        due = []
         for index in wanting:
             if worth[index]:
                 self._outlook.worth(steps[index])
-                chosen.append(index)
             elif not self._outlook.parked(steps[index]):
-                chosen.append(index)
-        return chosen
+                due.append(index)
+        if due:
+            # A try shows whether a text has become easy; on a full machine even that may not pay.
+            for index in due:
+                expected[index] = replace(expected[index], survival=self._easy)
+            could = worth_drafting([*expected, *others], self._cost)
+            due = [index for index in due if could[index]]
+        return [index for index in wanting if worth[index] or index in due]
 
     def _candidate(self, step: Speculating) -> Candidate:
         block = step.block

@@ -123,6 +123,21 @@ def test_a_text_that_becomes_easy_is_drafted_for_again_soon() -> None:
     assert all(asked[40:])
 
 
+def test_a_machine_on_which_no_draft_can_pay_tries_none() -> None:
+    """One step alone tries now and then; sixteen, whose every row costs a sixteenth, do not."""
+    cost = Cost(base=6.0, row=4.0, draft=5.0)
+
+    def tries(count: int) -> int:
+        mind, steps = arbiter(cost), [Step() for _ in range(count)]
+        for step in steps:
+            mind.drafted(step, Proposal((1, 2), (0.05, 0.01), "dspark"))
+        return sum(len(mind.to_draft(steps, {}, [])) for _ in range(60))
+
+    assert tries(16) == 0
+    cost.row = 0.5
+    assert tries(1) > 0
+
+
 def test_what_steps_were_worth_is_forgotten_with_them() -> None:
     mind = arbiter()
     for _ in range(100):
