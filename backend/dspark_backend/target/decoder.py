@@ -131,7 +131,7 @@ class Decoder:
                     work.qkv[first:last], at, self._cos, self._sin,
                     layer.q_norm, layer.k_norm, eps, q, keys, values,
                 )  # fmt: skip
-            if is_last:
+            if is_last and index not in taps:
                 # Of a row that no logits are wanted of, what follows its last keys is no use.
                 work, x, spans, positions = self._wanted(batch, work, x, spans, positions)
                 caches.spans = np.array(spans, np.int64)

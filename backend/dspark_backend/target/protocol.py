@@ -49,8 +49,9 @@ class Target(Protocol):
     def forward(self, batch: Batch, taps: Collection[int] = ()) -> Pass:
         """Run the rows of ``batch``; writes their keys and values, commits nothing.
 
-        ``taps`` are layer ids in ascending order; the last layer is not one of them, since what
-        follows it is the final norm. A row's results do not depend on the rest of the batch.
+        ``taps`` are layer ids in ascending order; a drafter's do not have the last layer among
+        them, since what follows it is the final norm, and training's do. A row's results do not
+        depend on the rest of the batch.
 
         Raises ValueError for rows that there is no room for.
         """

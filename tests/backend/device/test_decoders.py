@@ -112,17 +112,18 @@ def test_only_wanted_rows_get_logits(tiny_checkpoint: TinyCheckpoint, name: str)
 
 
 @pytest.mark.parametrize("name", [*CPU, "device-float32"])
-@pytest.mark.parametrize("wanted", [0, 1, 7])
+@pytest.mark.parametrize(("wanted", "last"), [(0, False), (1, False), (7, False), (7, True)])
 def test_rows_without_logits_are_read_all_the_same(
-    tiny_checkpoint: TinyCheckpoint, name: str, wanted: int
+    tiny_checkpoint: TinyCheckpoint, name: str, wanted: int, last: bool
 ) -> None:
     model = DECODERS[name](open_checkpoint("tiny", tiny_checkpoint("llama")))
     tokens, others = token_ids(40), token_ids(9, seed=1)
     whole, cut, other, neighbour = sequences(model, 4)
-    expected = run(model, whole, tokens, taps=(0,))
+    taps = (0, model.config.num_layers - 1) if last else (0,)
+    expected = run(model, whole, tokens, taps)
     followed = run(model, whole, token_ids(5, seed=2)).logits
     run(model, other, others)
-    result = model.forward(Batch([Rows(cut, tokens, wanted), Rows(neighbour, others, 0)]), (0,))
+    result = model.forward(Batch([Rows(cut, tokens, wanted), Rows(neighbour, others, 0)]), taps)
     cut.length += len(tokens)
     neighbour.length += len(others)
     assert torch.equal(result.logits, expected.logits[len(tokens) - wanted :])
