@@ -133,7 +133,12 @@ class Decoder:
                 )  # fmt: skip
             if is_last and index not in taps:
                 # Of a row that no logits are wanted of, what follows its last keys is no use.
-                work, x, spans, positions = self._wanted(batch, work, x, spans, positions)
+                kept = _wanted(batch, spans)
+                if len(kept) < batch.rows:
+                    work, x, positions = self._only(kept, work), x[kept], positions[kept]
+                    spans = list(
+                        pairwise(accumulate((r.logits for r in batch.sequences), initial=0))
+                    )
                 caches.spans = np.array(spans, np.int64)
                 if not len(x):
                     break
@@ -149,10 +154,7 @@ class Decoder:
             following = weights.norm if is_last else weights.layers[index + 1].input_norm
             add_rms_norm(x, work.delta, following, eps, work.normed)
             column = self._tap(features, column, x, index in taps)
-        logits = torch.empty((len(x), weights.head.channels), dtype=torch.float32)
-        if len(x):
-            weights.head(work.normed, logits.numpy())
-        return Pass(logits, torch.from_numpy(features))
+        return Pass(self._logits(batch, spans, work.normed), torch.from_numpy(features))
 
     def wait(self) -> None:
         """A pass is over when :meth:`forward` returns."""
@@ -165,26 +167,20 @@ class Decoder:
         features[:, column : column + x.shape[1]] = x
         return column + int(x.shape[1])
 
-    def _wanted(
-        self,
-        batch: Batch,
-        work: _Workspace,
-        x: NDArray[np.float32],
-        spans: list[tuple[int, int]],
-        positions: NDArray[np.int64],
-    ) -> tuple[_Workspace, NDArray[np.float32], list[tuple[int, int]], NDArray[np.int64]]:
-        """Queries, residual stream, spans and positions of the rows that logits are wanted of."""
-        counts = [rows.logits for rows in batch.sequences]
-        if sum(counts) == batch.rows:
-            return work, x, spans, positions
-        ends = list(accumulate(counts))
-        kept = np.concatenate(
-            [np.arange(last - count, last) for (_, last), count in zip(spans, counts, strict=True)]
-        )
+    def _only(self, kept: NDArray[np.int64], work: _Workspace) -> _Workspace:
+        """Buffers for the rows ``kept`` alone, with their queries."""
         narrow = self._workspace(len(kept))
         narrow.q[:] = work.q[kept]
-        narrowed = list(pairwise([0, *ends]))
-        return narrow, x[kept], narrowed, positions[kept]
+        return narrow
+
+    def _logits(
+        self, batch: Batch, spans: Sequence[tuple[int, int]], normed: NDArray[np.float32]
+    ) -> torch.Tensor:
+        wanted = _wanted(batch, spans)
+        logits = torch.empty((len(wanted), self._weights.head.channels), dtype=torch.float32)
+        if len(wanted):
+            self._weights.head(np.ascontiguousarray(normed[wanted]), logits.numpy())
+        return logits
 
     def _spans(self, batch: Batch) -> tuple[list[tuple[int, int]], NDArray[np.int64]]:
         spans, pieces, first = [], [], 0
@@ -208,3 +204,12 @@ class Decoder:
             if rows <= self.KEPT_ROWS:
                 self._workspaces[rows] = kept
         return kept
+
+
+def _wanted(batch: Batch, spans: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
+    """The rows that logits are wanted of, where each sequence has the rows of its span."""
+    pieces = [
+        np.arange(last - rows.logits, last)
+        for (_, last), rows in zip(spans, batch.sequences, strict=True)
+    ]
+    return np.concatenate(pieces)
