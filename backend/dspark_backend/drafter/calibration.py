@@ -19,7 +19,7 @@ class Calibration(BaseModel):
     ``temperatures[k]`` divides the confidence logit of slot k + 1, ``offsets[k]`` is added to what
     comes of it (0 where there are none): the head learns how much of the target's distribution a
     draft covers anywhere in a text, and what counts is whether it stands, at the places where
-    decoding stops. ``by_kind`` holds other temperatures for a step kind where they differ.
+    decoding stops.
     ``ece_before`` and ``ece_after`` are the expected calibration errors of the cumulative survival
     at each position, over ``samples`` blocks of ``data_set``.
     """
@@ -28,7 +28,6 @@ class Calibration(BaseModel):
 
     temperatures: tuple[float, ...] = Field(min_length=1)
     offsets: tuple[float, ...] = ()
-    by_kind: dict[str, tuple[float, ...]] = {}
     data_set: str
     samples: int = Field(ge=0)
     ece_before: tuple[float, ...] = ()
@@ -52,12 +51,12 @@ class Calibration(BaseModel):
             read = cls.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
             raise ModelFormatError(f"{path} is no calibration: {error}") from error
-        for values in (read.temperatures, *read.by_kind.values()):
-            if len(values) != block_size or not all(0 < value < 1e3 for value in values):
-                raise ModelFormatError(
-                    f"{path}: {len(values)} temperatures {values} for a block of {block_size}: "
-                    "they must be positive, one a slot; calibrate the drafter again"
-                )
+        values = read.temperatures
+        if len(values) != block_size or not all(0 < value < 1e3 for value in values):
+            raise ModelFormatError(
+                f"{path}: {len(values)} temperatures {values} for a block of {block_size}: "
+                "they must be positive, one a slot; calibrate the drafter again"
+            )
         if read.offsets and (
             len(read.offsets) != block_size or not np.isfinite(read.offsets).all()
         ):
@@ -75,7 +74,3 @@ class Calibration(BaseModel):
         offset = self.offsets[slot] if self.offsets else 0.0
         scaled = logits / self.temperatures[slot] + offset
         return np.asarray(0.5 * (1 + np.tanh(0.5 * scaled)))
-
-    def for_kind(self, kind: str | None) -> tuple[float, ...]:
-        """The temperatures of a step kind; the general ones where it has none of its own."""
-        return self.temperatures if kind is None else self.by_kind.get(kind, self.temperatures)

@@ -179,7 +179,8 @@ class Decoder:
         wanted = _wanted(batch, spans)
         logits = torch.empty((len(wanted), self._weights.head.channels), dtype=torch.float32)
         if len(wanted):
-            self._weights.head(np.ascontiguousarray(normed[wanted]), logits.numpy())
+            rows = normed if len(wanted) == len(normed) else normed[wanted]
+            self._weights.head(rows, logits.numpy())
         return logits
 
     def _spans(self, batch: Batch) -> tuple[list[tuple[int, int]], NDArray[np.int64]]:
