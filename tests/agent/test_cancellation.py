@@ -135,14 +135,16 @@ async def test_a_tool_cancels_the_run_and_every_other_call() -> None:
 
 
 async def test_a_sync_tool_cancels_from_its_thread_and_others_notice() -> None:
-    noticed = threading.Event()
+    working, noticed = threading.Event(), threading.Event()
 
     def stop(ctx: RunContext[object]) -> None:
         """Stop."""
+        working.wait(5)
         ctx.cancel("enough")
 
     def works(ctx: RunContext[object]) -> None:
         """Work."""
+        working.set()
         try:
             for _ in range(500):
                 ctx.check_cancelled()

@@ -198,7 +198,10 @@ async def check(seconds: float, folder: Path) -> None:
     known = {"result", "left", "cancelled", "RunCancelled", "ModelError", "OutputError",
              "ToolRetriesExceeded", "UsageLimitExceeded", "DeadlineExceeded"}  # fmt: skip
     assert set(ended) <= known, ended
-    assert {"result", "cancelled", "ModelError", "OutputError", "RunCancelled"} <= set(ended), ended
+    common = {"result", "cancelled", "ModelError"}
+    # How many runs a few seconds are enough for is the machine's affair.
+    rare = {"OutputError", "RunCancelled"} if seconds >= 60 else set()
+    assert common | rare <= set(ended), ended
     assert sum(ended.values()) >= RUNS
     assert not list(folder.glob("*.lock"))
 
