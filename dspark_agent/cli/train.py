@@ -76,6 +76,10 @@ def train(
     sequences: Annotated[int, typer.Option(min=1, help="Rollouts a step.")] = 4,
     anchors: Annotated[int, typer.Option(min=1, help="Blocks a rollout and step.")] = 40,
     rate: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = 1e-3,
+    cross_entropy: Annotated[
+        float,
+        typer.Option(min=0.0, help="Its weight in the loss; 1 helps where --temperature is 0."),
+    ] = 0.1,
     seed: Annotated[int, typer.Option()] = 0,
     bf16: Annotated[bool, typer.Option(help="Products in bfloat16; masters stay float32.")] = True,
     storage: Annotated[
@@ -88,6 +92,7 @@ def train(
     """Train a drafter: the model answers the prompts itself, the drafter learns to foresee it."""
     from dspark_backend.drafter.checkpoint import Storage
     from dspark_backend.drafter.config import HeadType
+    from dspark_backend.training.objective import LossWeights
     from dspark_backend.training.recipe import TrainConfig, Watchers
     from dspark_backend.training.recipe import train as run
     from dspark_backend.training.rollout import RolloutConfig
@@ -126,6 +131,7 @@ def train(
             peak_rate=rate,
             seed=seed,
             bf16=bf16,
+            loss=LossWeights(cross_entropy=cross_entropy),
         ),
         storage=Storage(storage.value),
         device=device,

@@ -38,6 +38,7 @@ def test_a_drafter_is_trained_then_judged(
     small = ["--answer-tokens", "100", "--held-out-tokens", "60", "--held-out", "0.3"]
     size = ["--layers", "1", "--block-size", "2", "--rank", "4", "--taps", "0,1", "--head", "rnn"]
     run = ["--steps", "2", "--sequences", "2", "--anchors", "3", "--draft-vocab", "100"]
+    run += ["--cross-entropy", "0.5"]
     out = tmp_path / "run"
     done = CliRunner().invoke(
         cli, ["train", *common, *small, *size, *run, "--out", str(out), "--storage", "int8"]
@@ -47,6 +48,8 @@ def test_a_drafter_is_trained_then_judged(
     config = json.loads((out / "drafter" / "config.json").read_text())
     assert (config["block_size"], config["target_layer_ids"]) == (2, [0, 1])
     assert (config["markov_head_type"], config["draft_vocab_size"]) == ("rnn", 100)
+    state = json.loads((out / "state" / "state.json").read_text())
+    assert state["settings"]["loss"]["cross_entropy"] == 0.5
 
     report = tmp_path / "report" / "eval.json"
     which = ["--drafter", str(out / "drafter"), "--json", str(report), "--held-out", "0.3"]
