@@ -6,12 +6,13 @@ import atexit
 import math
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from dspark_backend.ahead_loop import AheadLoop
 from dspark_backend.catalog import ModelFiles, ProgressSink, resolve
 from dspark_backend.catalog.files import folder_identity
 from dspark_backend.checkpoint.config import TargetConfig
@@ -92,7 +93,8 @@ class Engine:
         usual = Fixed(size) if cost is None else StepAware(block_size=size or 8)
         signals = signals or Signals(copies=cost is not None)
         arbiter = Arbiter(size, policy or usual, cost, signals)
-        self._loop = StepLoop(
+        loop = StepLoop if parts.flights is None else partial(AheadLoop, parts.flights)
+        self._loop: StepLoop = loop(
             parts.target,
             parts.verifier,
             self._pool,
@@ -131,6 +133,7 @@ class Engine:
         signals: Signals | None = None,
         cost: CostModel | None = None,
         graphs: bool = False,
+        ahead: bool = False,
         progress: ProgressSink | None = None,
     ) -> Engine:
         """Fetch (if needed), map and start a model.
@@ -148,8 +151,9 @@ class Engine:
         ``signals`` turns parts of the scheduler off, for ablations. ``cost`` foresees the seconds
         of passes and drafts; None takes what was measured on this machine before, or measures it
         (two seconds) unless ``speculation`` is False. ``graphs`` records small passes, drafts and
-        verifications of a GPU as CUDA graphs and replays them; off, since that has not run on
-        hardware. The output is the same in all cases.
+        verifications of a GPU as CUDA graphs and replays them; ``ahead`` has a GPU begin the next
+        cycle before the last one was read, where all steps allow it (docs/device.md). Both are off,
+        since neither has run on hardware. The output is the same in all cases.
 
         Raises:
             ModelNotFoundError, DownloadError, ModelFormatError: no such model, no way to get it,
@@ -157,14 +161,19 @@ class Engine:
             DeviceError: no such GPU here, or not one that the engine's kernels run on.
             CapacityError: the GPU has no memory of ``kv_bytes``.
             RequestError: an unknown device or precision, a number out of range, speculation without
-                a drafter, graphs on the CPU, or a cost that was measured under other conditions
-                than these.
+                a drafter, ``graphs`` or ``ahead`` on the CPU, or a cost that was measured under
+                other conditions than these.
         """
 
         def build() -> Engine:
             place = gpu(device)
             if graphs and place is None:
                 raise RequestError("graphs are a GPU's: load with device='cuda', or without graphs")
+            if ahead and place is None:
+                raise RequestError(
+                    "ahead is a GPU's: there, the host waits for the device; load with "
+                    "device='cuda', or without ahead"
+                )
             files = resolve(str(model), progress=progress)
             longest = files.config.max_position_embeddings
             context = min(longest, DEFAULT_CONTEXT) if max_context is None else max_context
@@ -180,6 +189,7 @@ class Engine:
                 else device_parts(
                     *(files, precision, context, folder, place),
                     Recordings(place) if graphs else None,
+                    ahead=ahead,
                 )
             )
             identity = None if folder is None else folder_identity(folder)
@@ -326,6 +336,8 @@ class Engine:
             return not self._loop.idle
 
     def _iterate(self) -> None:
+        if isinstance(self._loop, AheadLoop) and self._loop.iterate(self.lock):
+            return
         with self.lock:
             chosen = self._loop.schedule(list(self._sessions))
         if not chosen:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dspark_backend.ahead.protocol import Flights
 from dspark_backend.catalog import ModelFiles, ProgressSink
 from dspark_backend.drafter.drafter import DSparkDrafter
 from dspark_backend.drafter.shipped import shipped_drafter
@@ -21,13 +22,15 @@ from dspark_backend.target.protocol import Target
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """``hardware`` names the GPU that they run on, None for the CPU."""
+    """``hardware`` names the GPU that they run on, None for the CPU; ``flights`` run ahead of the
+    host there, where that is asked for."""
 
     target: Target
     verifier: Verifier
     drafter: Drafter | None
     precision: Precision
     hardware: str | None = None
+    flights: Flights | None = None
 
 
 def cpu_parts(
@@ -55,10 +58,12 @@ def device_parts(
     drafter: Path | None,
     device: torch.device,
     recordings: Recordings | None = None,
+    *,
+    ahead: bool = False,
 ) -> Parts:
     """As :func:`cpu_parts`, on ``device``: a GPU, or the CPU where Triton's interpreter is on, for
     tests. bfloat16 unless ``precision`` says fp32. With ``recordings``, what a step launches is
-    recorded there and replayed.
+    recorded there and replayed; ``ahead``, cycles are launched before the last one was read.
 
     Raises also DeviceError where Triton is not installed, and RequestError for a precision that
     runs on the CPU only.
@@ -72,6 +77,7 @@ def device_parts(
         )
     try:
         # Here, since Triton is not to be had on every machine that the CPU's engine runs on.
+        from dspark_backend.ahead.device import DeviceFlights
         from dspark_backend.drafter.device import DeviceDrafter
         from dspark_backend.sampling.device import DeviceVerifier
         from dspark_backend.target.device_load import load_device_decoder
@@ -87,7 +93,8 @@ def device_parts(
     drafting = None if drafter is None else DeviceDrafter.load(drafter, decoder, recordings)
     target = decoder if recordings is None else GraphedDecoder(decoder, recordings)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-    return Parts(target, DeviceVerifier(recordings), drafting, chosen, hardware)
+    flights = DeviceFlights(decoder, drafting, recordings) if ahead else None
+    return Parts(target, DeviceVerifier(recordings), drafting, chosen, hardware, flights)
 
 
 def drafter_folder(

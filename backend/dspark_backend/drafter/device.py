@@ -94,7 +94,7 @@ class DeviceDrafter:
             layout = layout.padded(size)
 
         def run(there: Mapping[str, Tensor]) -> tuple[()]:
-            self._read(layout.reading(there), there["features"])
+            self.read(layout.reading(there), there["features"])
             return ()
 
         self._run(("extend",), run, layout, {}, {"features": Piece(features, size)}, small=small)
@@ -124,7 +124,8 @@ class DeviceDrafter:
         arrays = self._stage.arrays(anchors, groups, bucket if small else _as_many)
 
         def run(there: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-            hidden = self._parallel(layout.reading(there))
+            rows = layout.reading(there)
+            hidden = self._parallel(rows, rows.extra["ids"])
             return self._stage.chained(hidden, there, guided=bool(groups.guided))
 
         made = self._run(("draft", bool(groups.guided)), run, layout, arrays, {}, small=small)
@@ -159,17 +160,33 @@ class DeviceDrafter:
         whole = (id(self), id(layout.pool), layout.longest, *key)
         return self._recordings.run(whole, function, every, pieces, (self, layout.pool))
 
-    def _read(self, rows: PagedRows, features: Tensor) -> None:
-        """Append the context's keys and values of ``features``."""
+    def read(self, rows: PagedRows, features: Tensor) -> None:
+        """Write the context's keys and values of ``features`` [R, len(taps) * d] of ``rows``;
+        launches alone, and no length is changed."""
         mixed = self._weights.fc(features.to(self._dtype)).float()
         normed = rms_norm(mixed, self._weights.hidden_norm, self._eps, self._dtype)
         for index, layer in enumerate(self._weights.layers):
             rows.append(self._first + index, layer.kv(normed), self._rotations[index])
 
-    def _parallel(self, rows: PagedRows) -> Tensor:
-        """The backbone over all blocks: normed hidden states [S, g, d] of the weights' dtype."""
+    def blocks(self, rows: PagedRows, first: Tensor) -> Tensor:
+        """A block after each token of ``first`` int32 [S], ``rows`` being those of the blocks, the
+        anchor's and then g - 1 slots: tokens (-1 ends a block) and survivals, float64 [S, 2 g].
+        Launches alone; no context is changed."""
+        ids = torch.full(
+            (len(first), self.block_size), self.config.mask_token_id, device=first.device
+        )
+        ids[:, 0] = first
+        return self._stage.unguided(self._parallel(rows, ids.view(-1)), first)
+
+    def proposal(self, block: NDArray[np.float64]) -> Proposal:
+        """A row of what :meth:`blocks` gives."""
+        return self._stage.proposal(block)
+
+    def _parallel(self, rows: PagedRows, ids: Tensor) -> Tensor:
+        """The backbone over all blocks of tokens ``ids`` int64 [S * g]: normed hidden states
+        [S, g, d] of the weights' dtype."""
         weights, eps = self._weights, self._eps
-        x = functional.embedding(rows.extra["ids"], weights.embedding).float()
+        x = functional.embedding(ids, weights.embedding).float()
         normed = rms_norm(x, weights.layers[0].input_norm, eps, self._dtype)
         for index, layer in enumerate(weights.layers):
             at, turn = self._first + index, self._rotations[index]

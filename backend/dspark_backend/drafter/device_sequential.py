@@ -104,6 +104,23 @@ class DeviceSequentialStage:
             made.append(self._chained(hidden, base, there))
         return (*made, hidden, base) if guided else tuple(made)
 
+    def unguided(self, hidden: Tensor, first: Tensor) -> Tensor:
+        """As :meth:`chained`, of blocks after the tokens ``first`` int32 [S] of the device: tokens
+        and survivals float64 [S, 2 g]."""
+        all_of_them = torch.arange(len(first), device=first.device)
+        if self._head is not None:
+            there = {"free": all_of_them, "free_first": first}
+        else:
+            given = torch.full(hidden.shape[:2], -1, device=first.device)
+            there = {"known": all_of_them, "known_first": first.long(), "known_given": given}
+        (made,) = self.chained(hidden, there, guided=False)
+        return made
+
+    def proposal(self, block: NDArray[np.float64]) -> Proposal:
+        """A row of what :meth:`unguided` gives."""
+        size = self._config.block_size
+        return _proposal(block[:size], block[size:], 0)
+
     def proposals(
         self, anchors: Sequence[Anchor], groups: Groups, made: Sequence[Tensor]
     ) -> list[Proposal]:

@@ -60,7 +60,7 @@ class DeviceVerifier:
         vocab = logits.shape[1]
         verdicts = both.cpu().tolist()  # the one copy back
         return [
-            partial(_answer, question, vocab, accepted, token)
+            partial(answered, accepted, token, vocab, question.masks)
             for question, accepted, token in zip(questions, *verdicts, strict=False)
         ]
 
@@ -121,10 +121,15 @@ def _padded(arrays: Arrays, rows: int) -> Arrays:
     return padded
 
 
-def _answer(question: Question, vocab: int, accepted: int, token: int) -> Acceptance:
+def answered(
+    accepted: int, token: int, vocab: int, masks: Sequence[Tensor | None] | None = None
+) -> Acceptance:
+    """A verdict as the device gives it, ``masks`` being those of the block's rows.
+
+    Raises GrammarError or BackendError, as an :data:`Answer` does, where ``token`` is -1.
+    """
     if token >= 0:
         return Acceptance(accepted, token)
-    masks = question.masks
     mask = masks[accepted] if masks is not None and accepted < len(masks) else None
     if mask is not None and not unpack(mask, vocab).any():
         raise GrammarError(
@@ -150,7 +155,7 @@ def _blocks(questions: Sequence[Question]) -> Arrays:
             [s.params.temperature if on else 1.0 for s, on in zip(samplers, sampled, strict=True)],
             np.float32,
         ),
-        "seeds": np.array([_wrapped(sampler.params.seed) for sampler in samplers], np.int64),
+        "seeds": np.array([wrapped(sampler.params.seed) for sampler in samplers], np.int64),
         "positions": np.array([sampler.position for sampler in samplers], np.int64),
     }
 
@@ -161,7 +166,7 @@ def _rule(sampler: Sampler) -> Rule:
     return Rule.REJECTION if sampler.rejects else Rule.COUPLED
 
 
-def _wrapped(seed: int) -> int:
+def wrapped(seed: int) -> int:
     """The 64 bits of a seed that noise looks at, as an int64."""
     return (seed + 2**63) % 2**64 - 2**63
 
