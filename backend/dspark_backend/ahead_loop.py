@@ -11,6 +11,7 @@ function of the context, and are held against what plain decoding writes there.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -31,6 +32,8 @@ from dspark_backend.speculation.arbiter import Arbiter
 from dspark_backend.speculation.cost import CostModel
 from dspark_backend.speculation.protocol import Drafter
 from dspark_backend.target.protocol import Target
+
+_log = logging.getLogger(__name__)
 
 _PLAIN: Final = SamplingParams()
 _REWRITING: Final = (
@@ -131,7 +134,7 @@ class AheadLoop(StepLoop):
             read = trip.read() if plan is None or len(trip.legs) > 1 else None
         except Exception as error:
             with lock:
-                self._crash(trip, error)
+                self._crash(trip.steps, error)
             return True
         if read is not None:
             with lock:
@@ -164,7 +167,11 @@ class AheadLoop(StepLoop):
             Start(kv, step.session.log[-1], step.request.sampling)
             for kv, step in zip(kvs, self.running, strict=True)
         ]
-        return _Trip(self._flights.begin(starts), [*self.running])
+        try:
+            return _Trip(self._flights.begin(starts), [*self.running])
+        except Exception as error:
+            self._crash(self.running, error)
+            return None
 
     def _reserve(self, step: RunningStep) -> None:
         """Room for all that the step may still write, and for a block at its end: it was counted
@@ -181,7 +188,18 @@ class AheadLoop(StepLoop):
         ]
         if min(left) < 1:
             return None
-        return Plan.plain(len(trip.steps))
+        if not self._flights.block_size:
+            return Plan.plain(len(trip.steps))
+        try:
+            drafting, lengths = self._arbiter.foreseen(trip.steps)
+        except Exception:
+            _log.exception("no plan: %d steps decode one token plainly", len(trip.steps))
+            return Plan.plain(len(trip.steps))
+        # The token after the last draft must fit as well.
+        return Plan(
+            tuple(place for place in drafting if left[place] > 1),
+            tuple(min(length, more - 1) for length, more in zip(lengths, left, strict=True)),
+        )
 
     def _land(self, trip: _Trip, leg: _Leg, landed: Sequence[Landed], seconds: float) -> None:
         for place, (step, one) in enumerate(zip(trip.steps, landed, strict=True)):
@@ -196,17 +214,22 @@ class AheadLoop(StepLoop):
         """Commit what holds of the first ``length`` drafts of a cycle."""
         kv = step.session.kv
         try:
-            step.computed(1, seconds)
-            step.advance(landed.answer)
+            if landed.proposal.tokens:
+                step.offer(self._arbiter.drafted(step, landed.proposal), None)
+                step.block = step.block.first(length)
+            block = step.block
+            step.computed(step.pending, seconds)
+            accepted = step.advance(landed.answer)
+            self._arbiter.learn(step, None, block, accepted)
         finally:
             # The device wrote the draft context along.
             if kv.draft is not None:
                 kv.draft.length = kv.length
 
-    def _crash(self, trip: _Trip, error: Exception) -> None:
-        """A cycle died: all that took part in it end with ``error``."""
+    def _crash(self, steps: Sequence[RunningStep], error: Exception) -> None:
+        """A cycle died: ``steps``, which took part in it, end with ``error``."""
         self._trip = None
-        for step in trip.steps:
+        for step in steps:
             if not step.finished:
                 self._guarded(step, partial(step.fail, error))
         self._sweep()

@@ -72,6 +72,7 @@ class DeviceFlights:
         self.drafter = drafter
         self.recordings = recordings
         self.block_size = 0 if drafter is None else drafter.block_size
+        self.cycles = 0
         self._taps = () if drafter is None else drafter.taps
 
     def begin(self, starts: Sequence[Start]) -> DeviceFlight:
@@ -182,6 +183,7 @@ class DeviceFlight:
             made = recordings.run(key, run, arrays, pieces, (flights, self._pool))
         else:
             made = recordings.launch(run, arrays, pieces)
+        flights.cycles += 1
         self._length, self._token, accepted, tokens, blocks = made
         self._bounds = [bound + 1 + n for bound, n in zip(self._bounds, plan.lengths, strict=True)]
         return DeviceLanding(self, plan, Download([accepted, tokens, blocks]))

@@ -77,5 +77,9 @@ class Flights(Protocol):
     def block_size(self) -> int:
         """Most drafts of a step in a cycle; 0 without a drafter."""
 
+    @property
+    def cycles(self) -> int:
+        """Cycles that were launched, in all flights."""
+
     def begin(self, starts: Sequence[Start]) -> Flight:
         """A flight of steps that stand at ``starts``, at least one."""

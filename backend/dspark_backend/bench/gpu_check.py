@@ -115,6 +115,7 @@ def stages_of(name: str, device: torch.device, models: Sequence[str]) -> list[St
             Stage(f"{model}: as on the CPU", partial(_on, checks.as_on_the_cpu, model, device)),
             Stage(f"{model}: in any company", partial(_on, checks.in_any_company, model, device)),
             Stage(f"{model}: graphs", partial(_on, checks.recorded_steps, model, device)),
+            Stage(f"{model}: ahead", partial(_on, checks.steps_ahead, model, device)),
             Stage(f"{model}: bits of a row", partial(_on, checks.bits_of_a_row, model, device)),
         ]
     drafted = [model for model in models if shipped_drafter(model) is not None]

@@ -129,6 +129,19 @@ class Arbiter:
             return wanting
         return self._worth_it(steps, wanting, copies, others)
 
+    def foreseen(self, steps: Sequence[Speculating]) -> tuple[list[int], list[int]]:
+        """For which of ``steps`` to draft, and how many drafts of each to verify, where both are
+        to be said before anything is drafted: by what drafts have been worth until now. It knows
+        no token of the blocks, so it is exact for any draft (DSPARK.md, section 6)."""
+        drafting = self.to_draft(steps, {}, ())
+        candidates = []
+        for index, step in enumerate(steps):
+            drafted = index in drafting
+            survival = self._outlook.expected(step, step.kind) if drafted else ()
+            candidates.append(_candidate(step, survival, drafted=drafted))
+        cost = self._cost if self._cost is not None else _Unknown()
+        return drafting, self._policy.lengths(candidates, cost)
+
     def drafted(self, step: Speculating, proposal: Proposal) -> Offer:
         """A draft with the survival that experience gives it."""
         survival = proposal.survival

@@ -52,6 +52,10 @@ class Watched:
         return self.flights.block_size
 
     @property
+    def cycles(self) -> int:
+        return self.flights.cycles
+
+    @property
     def most_unread(self) -> int:
         """Cycles under way at once."""
         counts, unread = [0], 0

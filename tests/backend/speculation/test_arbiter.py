@@ -138,6 +138,20 @@ def test_a_machine_on_which_no_draft_can_pay_tries_none() -> None:
     assert tries(1) > 0
 
 
+def test_what_is_said_before_the_draft_follows_from_the_drafts_before() -> None:
+    mind, easy, hard = arbiter(signals=Signals(calibration=False)), Step(), Step()
+    assert mind.foreseen([easy, hard]) == ([0, 1], [4, 4]), "hoped for, as long as nobody knows"
+    for _ in range(12):
+        mind.drafted(easy, Proposal((1, 2, 3, 4), (0.9, 0.8, 0.7, 0.6), "dspark"))
+        mind.drafted(hard, Proposal((1, 2, 3, 4), (0.02, 0.01, 0.0, 0.0), "dspark"))
+    drafting, lengths = mind.foreseen([easy, hard])
+    assert (drafting, lengths) == ([0], [4, 0])
+    tried = [mind.foreseen([easy, hard])[0] for _ in range(8)]
+    assert [0, 1] in tried, "a text may become easy"
+    assert arbiter(policy=Fixed(2)).foreseen([Step(), Step(room=1)]) == ([0, 1], [2, 1])
+    assert arbiter(policy=Fixed(0)).foreseen([Step()]) == ([], [0])
+
+
 def test_what_steps_were_worth_is_forgotten_with_them() -> None:
     mind = arbiter()
     for _ in range(100):

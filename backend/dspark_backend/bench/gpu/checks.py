@@ -53,9 +53,16 @@ class Trial:
         return max(map(len, self.prompts)) + self.tokens + 64
 
     def on_device(
-        self, precision: str, drafter: Path | None = None, recordings: Recordings | None = None
+        self,
+        precision: str,
+        drafter: Path | None = None,
+        recordings: Recordings | None = None,
+        *,
+        ahead: bool = False,
     ) -> Parts:
-        return device_parts(self.files, precision, self.room, drafter, self.device, recordings)
+        return device_parts(
+            self.files, precision, self.room, drafter, self.device, recordings, ahead=ahead
+        )
 
     def texts(
         self, parts: Parts, sampling: SamplingParams, *, together: bool, drafts: int = 0
@@ -175,6 +182,28 @@ def recorded_steps(trial: Trial, precision: str = "bf16", capture: Capture | Non
                 **asdict(recordings.counts),
             }
         )
+    return {"precision": precision, "rows": rows}
+
+
+def steps_ahead(trial: Trial, precision: str = "bf16", capture: Capture | None = None) -> Facts:
+    """Texts of cycles that are launched before the last one was read, plain ones and with drafts,
+    launched and replayed as CUDA graphs, against synchronous ones; and what both take."""
+    rows = []
+    kinds = [(name, None, 0) for name in ("greedy", "coupled")]
+    drafted = [] if trial.drafter is None else [("greedy", trial.drafter, 3)]
+    for name, drafter, drafts in (*kinds, *drafted):
+        sampling = SAMPLINGS[name]
+        last, last_s = trial.timed(trial.on_device(precision, drafter), sampling, drafts)
+        row: Facts = {"steps": f"{name}, {drafts} drafts", "synchronous_s": last_s}
+        for kind, recordings in (("ahead", None), ("replayed", Recordings(trial.device, capture))):
+            parts = trial.on_device(precision, drafter, recordings, ahead=True)
+            written, row[f"{kind}_s"] = trial.timed(parts, sampling, drafts)
+            _same(last, written, "synchronous", kind)
+            if parts.flights is None or not parts.flights.cycles:
+                raise CheckFailedError("no cycle was launched ahead")
+            if recordings is not None and not recordings.counts.hits:
+                raise CheckFailedError(f"nothing was replayed: {recordings.counts}")
+        rows.append(row)
     return {"precision": precision, "rows": rows}
 
 
