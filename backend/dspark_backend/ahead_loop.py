@@ -56,6 +56,10 @@ def simple(request: StepRequest) -> bool:
     )
 
 
+def _may_board(step: RunningStep) -> bool:
+    return step.base_rows == 1 and simple(step.request)
+
+
 @dataclass(frozen=True, slots=True)
 class _Leg:
     """A cycle under way."""
@@ -143,7 +147,8 @@ class AheadLoop(StepLoop):
 
     def _can_fly(self) -> bool:
         """Whether there is nothing else to do than to go on with the steps that run."""
-        if self._trip is not None and self._trip.steps != self.running:
+        trip = self._trip
+        if trip is not None and trip.steps != self.running:
             return False
         full = len(self.running) >= self._limits.running  # nobody can be admitted before one ends
         return (
@@ -151,7 +156,7 @@ class AheadLoop(StepLoop):
             and not self._following
             and (full or not self.waiting)
             and not any(step.cancelled for step in self.unfinished)
-            and all(simple(step.request) and step.base_rows == 1 for step in self.running)
+            and (trip is not None or all(map(_may_board, self.running)))
         )
 
     def _board(self) -> _Trip | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import math
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property, partial
@@ -18,11 +17,7 @@ from dspark_backend.catalog.files import folder_identity
 from dspark_backend.checkpoint.config import TargetConfig
 from dspark_backend.cost_measure import kept_or_measured
 from dspark_backend.devices import gpu
-from dspark_backend.errors import (
-    ContextLengthError,
-    EngineClosedError,
-    RequestError,
-)
+from dspark_backend.errors import EngineClosedError, RequestError
 from dspark_backend.events import StepEvent
 from dspark_backend.grammar.compile import Grammar
 from dspark_backend.grammar.dialect import Dialect, dialect_for
@@ -36,6 +31,7 @@ from dspark_backend.loop import StepLoop
 from dspark_backend.parts import Parts, cpu_parts, device_parts, drafter_folder
 from dspark_backend.rehearsal import compile_kernels
 from dspark_backend.request import StepOutcome, StepRequest, Urgency
+from dspark_backend.request_check import positions_of
 from dspark_backend.running import RunningStep
 from dspark_backend.scheduler import Limits
 from dspark_backend.session import Session
@@ -368,38 +364,9 @@ class Engine:
             raise EngineClosedError("the engine was closed; load it again")
 
     def _check(self, session: Session, request: StepRequest) -> None:
-        log, new = len(session.log), len(request.tokens)
-        if log + new == 0:
-            raise RequestError("the step has no tokens and its session is empty: give a prompt")
-        if new == 0 and session.kv.length == log:
-            raise RequestError(
-                "the step has no tokens and all of its session's log is computed: "
-                "give at least one token, or roll one back"
-            )
-        if request.max_new_tokens < 0:
-            raise RequestError(f"max_new_tokens must not be negative: {request.max_new_tokens}")
-        if request.max_new_tokens == 0 and request.grammar is not None:
-            raise RequestError("a step of max_new_tokens 0 writes nothing: give it no grammar")
-        if request.deadline_s is not None and math.isnan(request.deadline_s):
-            raise RequestError("deadline_s is not a number of seconds")
-        highest = max(request.tokens, default=0)
-        if highest >= self.config.vocab_size or min(request.tokens, default=0) < 0:
-            raise RequestError(
-                f"a prompt token is outside the vocabulary of {self.config.vocab_size}"
-            )
-        needed = log + new + request.max_new_tokens
-        if needed > self.max_context:
-            raise ContextLengthError(
-                f"the step needs {needed} tokens ({log} in the session, {new} new, "
-                f"{request.max_new_tokens} to write), the context holds {self.max_context}: "
-                "ask for fewer, shorten the prompt, or load the engine with a larger max_context"
-            )
-        self._loop.check_fits(needed)
-        if request.grammar is not None and request.grammar.words != _words(self.config.vocab_size):
-            raise RequestError(
-                f"the grammar was compiled for {request.grammar.words * 32} tokens, the model "
-                f"has {self.config.vocab_size}: compile it with this engine"
-            )
+        self._loop.check_fits(
+            positions_of(session, request, self.config.vocab_size, self.max_context)
+        )
 
 
 def _workers(threads: int | None) -> int:
@@ -407,7 +374,3 @@ def _workers(threads: int | None) -> int:
     if workers < 1:
         raise RequestError(f"threads must be at least 1, not {workers}")
     return workers
-
-
-def _words(vocab_size: int) -> int:
-    return (vocab_size + 31) // 32

@@ -20,6 +20,7 @@ from dspark_backend.catalog import ModelFiles, resolve
 from dspark_backend.drafter.checkpoint import open_drafter, write_drafter
 from dspark_backend.drafter.device import DeviceDrafter
 from dspark_backend.engine import Engine
+from dspark_backend.events import StepEvent, Tokens
 from dspark_backend.kernels.recording import Capture, RecordingCounts, Recordings
 from dspark_backend.kv.budget import KVShape
 from dspark_backend.kv.paged import PagedContext, PagedKV, paged_context
@@ -155,7 +156,7 @@ class Fast:
         parts = replace(parts, drafter=self.told, flights=self.flights)
         options = {"signals": Signals.drafts_alone()}
         self.engine = Engine(files, parts, 1, 2**22, Limits(), Fixed(BLOCK), **options)
-        self._plain = plain
+        self.plain = plain
 
     def expect(self, *steps: StepRequest) -> list[StepOutcome]:
         """What plain decoding writes; the drafts know it, and some tokens more."""
@@ -163,9 +164,9 @@ class Fast:
             replace(s, max_new_tokens=s.max_new_tokens + BLOCK, stop=(), stop_token_ids=())
             for s in steps
         ]
-        for step, whole in zip(steps, outcomes(self._plain, longer), strict=True):
+        for step, whole in zip(steps, outcomes(self.plain, longer), strict=True):
             self.told.learn([*step.tokens, *whole.token_ids])
-        return outcomes(self._plain, steps)
+        return outcomes(self.plain, steps)
 
 
 @pytest.fixture
@@ -224,6 +225,52 @@ def test_a_session_goes_on_after_an_end_inside_a_block(fast: Fast) -> None:
                 outcome = fast.engine.step(branch, rest)
                 assert outcome.token_ids == whole.token_ids[end:]
                 assert outcome.metrics.accepted["told"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_whoever_comes_and_goes_writes_the_plain_text(fast: Fast, seed: int) -> None:
+    """Steps of all kinds that begin in the middle of others, some of which are cancelled."""
+    rng = np.random.default_rng(seed)
+    steps = []
+    for number in range(9):
+        sampling = SamplingParams(temperature=float(rng.integers(0, 2)), seed=number)
+        if number == 3:
+            sampling = replace(sampling, repetition_penalty=1.2)
+        prompt = tuple(rng.integers(5, 300, int(rng.integers(3, 14))).tolist())
+        steps.append(StepRequest(prompt, int(rng.integers(5, 24)), sampling, ignore_eos=True))
+    for number in (1, 5):
+        end = outcomes(fast.plain, steps[number : number + 1])[0].token_ids[-2:][0]
+        steps[number] = replace(steps[number], stop_token_ids=(end,))
+    expected = fast.expect(*steps)
+    fast.told.right = lambda position: position * 7 % (BLOCK + 1)
+    waiting, handles = [*enumerate(steps)], {}
+
+    def come() -> None:
+        number, step = waiting.pop(0)
+        handles[number] = fast.engine.submit(fast.engine.open_session(), step, on_event)
+
+    def on_event(event: StepEvent) -> None:
+        if isinstance(event, Tokens) and waiting and rng.random() < 0.1:
+            come()
+        if len(handles) == 8 and number_cancelled in handles:
+            handles[number_cancelled].cancel()
+
+    number_cancelled = 7
+    while waiting:
+        come()
+        for handle in [*handles.values()]:
+            handle.wait()
+    for number, right in enumerate(expected):
+        given = handles[number].result(300)
+        if given.finish_reason is FinishReason.CANCELLED:
+            assert number == number_cancelled
+            assert right.token_ids[: len(given.token_ids)] == given.token_ids
+        else:
+            assert (given.token_ids, given.finish_reason) == (right.token_ids, right.finish_reason)
+    assert fast.flights.cycles > 5
+    for session in [*fast.engine._sessions]:
+        session.close()
 
 
 class Alone:

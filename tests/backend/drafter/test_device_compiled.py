@@ -85,7 +85,7 @@ def test_a_step_asks_for_no_kernel_that_loading_did_not_compile(
     random = make_drafter("qwen3", draft_vocab=200, **fields)
     write_drafter(tmp_path / "drafter", random.config, random.state, random.d2t)
     files = resolve(str(random.target_folder))
-    parts = device_parts(files, "bf16", 512, tmp_path / "drafter", DEVICE)
+    parts = device_parts(files, "bf16", 512, tmp_path / "drafter", DEVICE, ahead=True)
     launches = Launches(monkeypatch)
     with torch.inference_mode(), launches.during() as warmed:
         compile_kernels(parts.target, parts.drafter, parts.verifier, 1)
@@ -119,6 +119,14 @@ def test_a_step_asks_for_no_kernel_that_loading_did_not_compile(
             with engine.open_session() as session:
                 long = StepRequest(tuple(range(20, 90)), 2, sampling, ignore_eos=True)
                 engine.step(session, long)
+        # Ahead of the host, alone and sixteen in company.
+        for count in (1, 16):
+            simple = StepRequest((7, 8), 6, SAMPLINGS[1], ignore_eos=True)
+            sessions = [engine.open_session() for _ in range(count)]
+            for handle in [engine.submit(session, simple) for session in sessions]:
+                handle.result(600)
+    assert parts.flights is not None
+    assert parts.flights.cycles > 4
     assert len(asked) > 5 * len(set(asked))
     assert set(asked) <= set(warmed)
 
