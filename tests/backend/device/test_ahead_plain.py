@@ -259,10 +259,10 @@ def test_who_arrives_in_the_middle_is_taken_in(
 def test_a_full_machine_does_not_wait_for_those_who_wait(
     files: ModelFiles, synchronous: Engine
 ) -> None:
-    expected = [o.token_ids for o in outcomes(synchronous, [request(i, 5) for i in range(3)])]
+    expected = [o.token_ids for o in outcomes(synchronous, [request(i, 5) for i in range(2)])]
     engine, watched = ahead_engine(files, Limits(running=1))
     with engine:
-        given = outcomes(engine, [request(i, 5) for i in range(3)])
+        given = outcomes(engine, [request(i, 5) for i in range(2)])
         assert [o.token_ids for o in given] == expected
         assert watched.most_unread == 2
     assert engine.kv_used_bytes == 0
