@@ -21,6 +21,7 @@ from dspark_backend.kernels.recording import Piece, Recordings, bucket
 from dspark_backend.kernels.upload import upload
 from dspark_backend.kernels.verify.contract import Batch, DraftProbabilities, Rule
 from dspark_backend.kernels.verify.triton import verify
+from dspark_backend.sampling.device_padding import padded
 from dspark_backend.sampling.device_rewriting import rewriting, rewritten
 from dspark_backend.sampling.device_truncation import truncated, truncation
 from dspark_backend.sampling.mask import unpack
@@ -35,8 +36,8 @@ Arrays = dict[str, NDArray[Any]]
 class DeviceVerifier:
     """Judges on the device of the logits, as :meth:`Sampler.verify` does: the same tokens where
     verification is greedy or coupled, up to how logarithms are rounded and where a nucleus ends;
-    the same distribution by rejection. With ``recordings``, what is neither penalised, biased, cut
-    nor drawn is replayed."""
+    the same distribution by rejection. With ``recordings``, verdicts are replayed, but for those
+    that :func:`padded` says to launch."""
 
     def __init__(self, recordings: Recordings | None = None) -> None:
         self._recordings = recordings
@@ -68,16 +69,16 @@ class DeviceVerifier:
         self, recordings: Recordings, logits: Tensor, arrays: Arrays, longest: int
     ) -> Tensor:
         """As :func:`_judged`, for at least as many requests."""
-        if any(name in arrays for name in ("bias", "penalty", "cut_rows", "q")):
-            # How much is rewritten or drawn changes from step to step, and its shapes with it.
+        rows = bucket(len(logits))
+        sized = padded(arrays, rows)
+        if sized is None:
             run = partial(_judgement, longest=longest)
             (both,) = recordings.launch(run, arrays, {"logits": Piece(logits, len(logits))})
             return both
         longest = 1 << (longest - 1).bit_length()
-        rows = bucket(len(logits))
         run = partial(_judgement, longest=longest)
         pieces = {"logits": Piece(logits, rows)}
-        (both,) = recordings.run(("verdict", longest), run, _padded(arrays, rows), pieces)
+        (both,) = recordings.run(("verdict", longest), run, sized, pieces)
         return both
 
 
@@ -105,20 +106,6 @@ def _judged(logits: Tensor, there: dict[str, Tensor], longest: int) -> Tensor:
     )
     verdict = verify(batch)
     return torch.stack([verdict.accepted, verdict.tokens])
-
-
-def _padded(arrays: Arrays, rows: int) -> Arrays:
-    """``arrays`` for ``rows`` rows, a mask for each where there are masks, and for requests without
-    rows up to a size that recordings are made for."""
-    requests = bucket(len(arrays["rules"]))
-    sizes = {"offsets": requests + 1, "drafts": rows, "mask_of_row": rows, "mask_words": rows}
-    padded = {}
-    for name, array in arrays.items():
-        more = sizes.get(name, requests) - len(array)
-        # No rows: they end where the last request does. No drafts, no temperature of 0.
-        fill = array[-1] if name == "offsets" else 1
-        padded[name] = np.concatenate([array, np.full((more, *array.shape[1:]), fill, array.dtype)])
-    return padded
 
 
 def answered(
