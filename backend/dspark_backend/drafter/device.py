@@ -126,10 +126,11 @@ class DeviceDrafter:
         def run(there: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
             rows = layout.reading(there)
             hidden = self._parallel(rows, rows.extra["ids"])
-            return self._stage.chained(hidden, there, guided=bool(groups.guided))
+            return self._stage.chained(hidden, there)
 
-        made = self._run(("draft", bool(groups.guided)), run, layout, arrays, {}, small=small)
-        return self._stage.proposals(anchors, groups, made)
+        made = self._run(("draft",), run, layout, arrays, {}, small=small)
+        recordings = self._recordings if small else None
+        return self._stage.proposals(anchors, groups, made, recordings)
 
     def _lay_out(self, anchors: Sequence[Anchor], columns: int = 1) -> Layout:
         """The rows of all blocks, the anchor and then masks."""

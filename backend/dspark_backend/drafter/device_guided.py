@@ -11,29 +11,33 @@ one for each slot that is not certain; the chain is the same as with a wait for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark_backend.drafter.chain import Chain
+from dspark_backend.drafter.device_guessing import Guessed, guessed
 from dspark_backend.drafter.device_slots import DeviceSlots
+from dspark_backend.kernels.recording import Piece, Recordings
 from dspark_backend.kernels.upload import upload
 from dspark_backend.speculation.protocol import Anchor, Proposal
 from dspark_backend.speculation.vocabulary import DraftVocabulary
 
-Guesses = tuple[Tensor, Tensor, Tensor] | tuple[()]
-"""Empty, or of the N slots that guides are to decide about: logits float32 [N, D], c_k float64 [N],
-and the tokens int64 [N] that the slots after them were computed for."""
+Guesses = Guessed | tuple[()]
+"""Empty where nothing is left to guess."""
+
+_MOST = 2**24
+"""Bytes of logits that a recording leaves for the host, and holds: what leaves more is launched."""
 
 _NO_LOGITS = np.empty(0, np.float32)
 
 
 class GuidedBlocks:
-    """The blocks of ``anchors``, each with a guide: ``hidden`` [F, g, d], ``base`` [F, g, D].
+    """The blocks of ``anchors``, each with a guide: ``hidden`` [F, g, d], ``base`` [F, g, D], of
+    which blocks behind theirs are nobody's.
 
     :meth:`guess` launches, the caller copies, :meth:`decide` asks the guides, until nothing is left
     to guess.
@@ -46,13 +50,17 @@ class GuidedBlocks:
         hidden: Tensor,
         base: Tensor,
         anchors: Sequence[Anchor],
+        recordings: Recordings | None = None,
     ) -> None:
+        """With ``recordings``, guesses are replayed, unless they are many."""
         self._slots = slots
         self._vocabulary = vocabulary
         self._hidden, self._base = hidden, base
+        self._recordings = recordings
         self._chains = [Chain(anchor) for anchor in anchors]
-        self._anchors = np.array([anchor.token for anchor in anchors], np.int64)
-        shape = (len(anchors), hidden.shape[1])
+        self._anchors = np.zeros(len(hidden), np.int64)
+        self._anchors[: len(anchors)] = [anchor.token for anchor in anchors]
+        shape = hidden.shape[:2]
         self._tokens = np.full(shape, -1, np.int64)  # -1: not decided
         self._sure = np.ones(shape)
         self._decided = [0] * len(anchors)
@@ -76,20 +84,13 @@ class GuidedBlocks:
         self._asked = [(k, i) for i in open_ for k in range(self._decided[i], size)]
         if not self._asked:
             return ()
+        asked = 1 << (len(self._asked) - 1).bit_length()
+        if self._recordings is not None and 4 * asked * len(self._slots.ids) <= _MOST:
+            # All slots: else there would be a recording for each of them to begin with.
+            return self._replayed(self._recordings, self._arrays(masks, 0), asked)
         known = self._reached if self._slots.recurrent else self._decided
         first = min(known[i] for _, i in self._asked)
-        count = len(self._chains)
-        arrays: dict[str, NDArray[Any]] = {
-            "anchors": self._anchors,
-            "tokens": self._tokens,
-            "asked": np.array([(k - first) * count + i for k, i in self._asked]),
-        }
-        if masks:
-            arrays["words"] = np.stack([mask.numpy() for mask in masks.values()])
-            arrays["word_rows"] = np.array(list(masks))
-            arrays["masked_at"] = np.full(count, -1)
-            arrays["masked_at"][list(masks)] = [self._decided[i] for i in masks]
-        return self._launch(upload(arrays, self._base.device), first)
+        return self._launched(self._arrays(masks, first), first)
 
     def decide(
         self,
@@ -134,33 +135,52 @@ class GuidedBlocks:
             self._decided[i] = k + 1
         return token
 
-    def _launch(self, there: dict[str, Tensor], first: int) -> Guesses:
-        given, size = there["tokens"], self._tokens.shape[1]
-        token = there["anchors"] if first == 0 else given[:, first - 1].clamp(min=0)
-        illegal = self._illegal(there)
-        logits, sure, tokens = [], [], []
-        for k in range(first, size):
-            hidden = self._hidden[:, k]
-            row, previous, state = self._slots.after(
-                hidden, self._base[:, k], token, self._states[k]
-            )
-            self._states[k + 1] = state
-            logits.append(row)
-            sure.append(self._slots.confidence(hidden, previous, k))
-            if illegal is not None:
-                row = row.masked_fill(illegal & (there["masked_at"] == k)[:, None], -torch.inf)
-            guess = self._slots.ids[row.argmax(1)]
-            token = torch.where(given[:, k] >= 0, given[:, k], guess)
-            tokens.append(token)
-        asked = there["asked"]
-        return torch.cat(logits)[asked], torch.cat(sure)[asked], torch.cat(tokens)[asked]
+    def _arrays(self, masks: Mapping[int, Tensor], first: int) -> dict[str, NDArray[Any]]:
+        """What :func:`guessed` reads from slot ``first`` on, with the ``masks`` that are known."""
+        count = len(self._hidden)
+        arrays: dict[str, NDArray[Any]] = {
+            "anchors": self._anchors,
+            "tokens": self._tokens,
+            "asked": np.array([(k - first) * count + i for k, i in self._asked]),
+        }
+        if masks:
+            arrays["words"] = np.stack([mask.numpy() for mask in masks.values()])
+            arrays["word_rows"] = np.array(list(masks))
+            arrays["masked_at"] = np.full(count, -1)
+            arrays["masked_at"][list(masks)] = [self._decided[i] for i in masks]
+        return arrays
 
-    def _illegal(self, there: dict[str, Tensor]) -> Tensor | None:
-        """Bool [F, D]: what the mask of a block's next slot rules out."""
-        if "words" not in there:
-            return None
-        ids = self._slots.ids
-        bits = there["words"][:, ids >> 5] >> (ids & 31) & 1
-        illegal = torch.zeros(len(self._chains), len(ids), dtype=torch.bool, device=ids.device)
-        illegal[there["word_rows"]] = bits == 0
-        return illegal
+    def _launched(self, arrays: dict[str, NDArray[Any]], first: int) -> Guesses:
+        def run(there: Mapping[str, Tensor]) -> Guessed:
+            return guessed(self._slots, there, first, self._states)
+
+        if self._recordings is not None:
+            logits, confidence, tokens = self._recordings.launch(run, arrays, self._pieces())
+            return logits, confidence, tokens
+        there = upload(arrays, self._base.device)
+        return run(there | {"hidden": self._hidden, "base": self._base})
+
+    def _pieces(self) -> dict[str, Piece]:
+        count = len(self._hidden)
+        return {"hidden": Piece(self._hidden, count), "base": Piece(self._base, count)}
+
+    def _replayed(
+        self, recordings: Recordings, arrays: dict[str, NDArray[Any]], size: int
+    ) -> Guesses:
+        """As :func:`guessed`, ``size`` slots asked for and a mask for each block: the last of them
+        once more in place of those there are not, the same bits in the same place."""
+        count, asked = len(self._hidden), len(self._asked)
+        sizes = {"asked": size, "words": count, "word_rows": count}
+        for name in sizes.keys() & arrays.keys():
+            more = sizes[name] - len(arrays[name])
+            widths = [(0, more)] + [(0, 0)] * (arrays[name].ndim - 1)
+            arrays[name] = np.pad(arrays[name], widths, mode="edge")
+        slots = self._slots  # and nothing else of this block: a recording outlives it
+        logits, confidence, tokens = recordings.run(
+            ("guess", id(slots)),
+            lambda there: guessed(slots, there),
+            arrays,
+            self._pieces(),
+            slots,
+        )
+        return logits[:asked], confidence[:asked], tokens[:asked]

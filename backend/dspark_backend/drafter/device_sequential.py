@@ -26,7 +26,7 @@ from dspark_backend.drafter.device_weights import DeviceDraftWeights
 from dspark_backend.kernels.download import download
 from dspark_backend.kernels.markov.contract import Blocks, Head
 from dspark_backend.kernels.markov.triton import draft
-from dspark_backend.kernels.upload import upload
+from dspark_backend.kernels.recording import Recordings
 from dspark_backend.speculation.protocol import Anchor, Proposal
 from dspark_backend.speculation.vocabulary import DraftVocabulary
 
@@ -87,22 +87,25 @@ class DeviceSequentialStage:
             for place, i in enumerate(groups.known):
                 arrays["known"][place], arrays["known_first"][place] = i, anchors[i].token
                 arrays["known_given"][place, : len(anchors[i].known)] = anchors[i].known
+        if groups.guided:
+            arrays["guided"] = np.zeros(size(len(groups.guided)), np.int64)
+            arrays["guided"][: len(groups.guided)] = groups.guided
         return arrays
 
-    def chained(
-        self, hidden: Tensor, there: Mapping[str, Tensor], *, guided: bool
-    ) -> tuple[Tensor, ...]:
+    def chained(self, hidden: Tensor, there: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Launch what needs nobody on the host, ``hidden`` [S, g, d] of the weights' dtype being
         the block of each anchor and ``there`` what :meth:`arrays` gave. Tokens and survivals
-        float64 [n, 2 g] of each group there is; ``hidden`` and the base logits [S, g, D] on top of
-        that where there are ``guided`` blocks."""
+        float64 [n, 2 g] of each group there is; of guided blocks, theirs of ``hidden`` and of the
+        base logits [S, g, D]."""
         base = self._weights.head(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
         made = []
         if "free" in there:
             made.append(self._drafted(hidden, base, there))
         if "known" in there:
             made.append(self._chained(hidden, base, there))
-        return (*made, hidden, base) if guided else tuple(made)
+        if "guided" in there:
+            made += [hidden[there["guided"]], base[there["guided"]]]
+        return tuple(made)
 
     def unguided(self, hidden: Tensor, first: Tensor) -> Tensor:
         """As :meth:`chained`, of blocks after the tokens ``first`` int32 [S] of the device: tokens
@@ -113,7 +116,7 @@ class DeviceSequentialStage:
         else:
             given = torch.full(hidden.shape[:2], -1, device=first.device)
             there = {"known": all_of_them, "known_first": first.long(), "known_given": given}
-        (made,) = self.chained(hidden, there, guided=False)
+        (made,) = self.chained(hidden, there)
         return made
 
     def proposal(self, block: NDArray[np.float64]) -> Proposal:
@@ -122,11 +125,21 @@ class DeviceSequentialStage:
         return _proposal(block[:size], block[size:], 0)
 
     def proposals(
-        self, anchors: Sequence[Anchor], groups: Groups, made: Sequence[Tensor]
+        self,
+        anchors: Sequence[Anchor],
+        groups: Groups,
+        made: Sequence[Tensor],
+        recordings: Recordings | None = None,
     ) -> list[Proposal]:
-        """The blocks of ``anchors``, of what :meth:`chained` gave."""
+        """The blocks of ``anchors``, of what :meth:`chained` gave; with ``recordings``, guesses are
+        replayed."""
         chained = made[:-2] if groups.guided else made
-        decided = self._guided(made[-2], made[-1], groups, anchors) if groups.guided else None
+        decided: GuidedBlocks | None = None
+        if groups.guided:
+            own = [anchors[i] for i in groups.guided]
+            decided = GuidedBlocks(
+                self._slots, self._vocabulary, made[-2], made[-1], own, recordings
+            )
         guesses = () if decided is None else decided.guess()
         # The one wait, unless a guide does not take what was guessed for it.
         answers = download([*chained, *guesses])
@@ -143,13 +156,6 @@ class DeviceSequentialStage:
                 answers = download(guesses)
             proposals.update(zip(groups.guided, decided.proposals(), strict=True))
         return [proposals[i] for i in range(len(anchors))]
-
-    def _guided(
-        self, hidden: Tensor, base: Tensor, groups: Groups, anchors: Sequence[Anchor]
-    ) -> GuidedBlocks:
-        rows = upload({"which": np.array(groups.guided)}, base.device)["which"]
-        own = [anchors[i] for i in groups.guided]
-        return GuidedBlocks(self._slots, self._vocabulary, hidden[rows], base[rows], own)
 
     def _drafted(self, hidden: Tensor, base: Tensor, there: Mapping[str, Tensor]) -> Tensor:
         """Whole blocks, by the kernel."""

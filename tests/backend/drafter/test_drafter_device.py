@@ -145,7 +145,8 @@ def test_a_guided_block_is_that_of_the_reference_with_every_token_tried(
 def slot_by_slot(it: Ready, anchors: list[Anchor]) -> list[Proposal]:
     """Guided blocks with every slot's logits copied before its guide is asked."""
     stage = it.drafter._stage
-    hidden = it.drafter._parallel(it.drafter._lay_out(anchors).on(DEVICE))
+    rows = it.drafter._lay_out(anchors).on(DEVICE)
+    hidden = it.drafter._parallel(rows, rows.extra["ids"])
     count, size, _ = hidden.shape
     base = stage._weights.head(hidden.flatten(0, 1)).view(count, size, -1)
     chains = [Chain(anchor) for anchor in anchors]
