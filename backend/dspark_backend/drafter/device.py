@@ -158,7 +158,7 @@ class DeviceDrafter:
             return function(there | {name: piece.tensor for name, piece in pieces.items()})
         if not small:
             return self._recordings.launch(function, every, pieces)
-        whole = (id(self), id(layout.pool), layout.longest, *key)
+        whole = (*key, id(self), id(layout.pool), layout.longest)
         return self._recordings.run(whole, function, every, pieces, (self, layout.pool))
 
     def read(self, rows: PagedRows, features: Tensor) -> None:

@@ -12,6 +12,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -89,7 +90,8 @@ class Recordings:
     counts: RecordingCounts = field(default_factory=RecordingCounts)
     _seen: Counter[Hashable] = field(default_factory=Counter)
     _kept: OrderedDict[Hashable, _Recording] = field(default_factory=OrderedDict)
-    _failed: bool = False
+    _places: WeakValueDictionary[Hashable, Tensor] = field(default_factory=WeakValueDictionary)
+    _failed: set[Hashable] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         if self.capture is None:
@@ -106,7 +108,8 @@ class Recordings:
         """What ``function`` gives for ``arrays`` and ``pieces``, by their names; the caller's own.
 
         Calls of one ``key``, with arrays and pieces of the same names, shapes and dtypes, launch
-        the same: the first function serves them all, and ``holds`` is kept alive for it.
+        the same: the first function serves them all, and ``holds`` is kept alive for it. A key
+        begins with the kind of the call: where one cannot be recorded, none of its kind is.
         """
         parts = {} if pieces is None else pieces
         shapes = tuple((name, array.shape, array.dtype.char) for name, array in arrays.items())
@@ -139,7 +142,7 @@ class Recordings:
 
     def _recorded(
         self,
-        key: Hashable,
+        key: tuple[Hashable, ...],
         function: Function,
         arrays: Arrays,
         pieces: Mapping[str, Piece],
@@ -149,17 +152,19 @@ class Recordings:
         if len(self._seen) > _REMEMBERED * self.most:
             self._seen.clear()
         self._seen[key] += 1
-        if self._failed or self._seen[key] <= _SEEN:
+        kind = key[0][0] if isinstance(key[0], tuple) else key[0]
+        if kind in self._failed or self._seen[key] <= _SEEN:
             return None
         assert self.capture is not None
         mailbox = Mailbox(arrays, self.device)
-        own = {name: piece.whole().clone() for name, piece in pieces.items()}
+        own = {name: self._place(name, piece) for name, piece in pieces.items()}
         there: dict[str, Any] = {**mailbox.tensors, **own}
         try:
             replay, results = self.capture(lambda: function(there))
         except RuntimeError:
-            _log.exception("a step could not be recorded: all of them are launched one by one")
-            self._failed = True
+            # Of another kind, others may be: they launch other operations, and hold less memory.
+            _log.exception("%s could not be recorded: all of its kind is launched", kind)
+            self._failed.add(kind)
             return None
         self.counts.recorded += 1
         self._kept[key] = _Recording(holds, mailbox, own, replay, results)
@@ -167,6 +172,14 @@ class Recordings:
             gone, _ = self._kept.popitem(last=False)
             self._seen.pop(gone, None)
         return self._kept[key]
+
+    def _place(self, name: str, piece: Piece) -> Tensor:
+        """Where recordings read such a piece: one place for all, since it is filled for each
+        replay, and logits of a whole pass are large."""
+        place = self._places.get((name, piece.shape))
+        if place is None:
+            place = self._places[name, piece.shape] = piece.whole().clone()
+        return place
 
 
 def cuda_capture() -> Capture:

@@ -78,7 +78,8 @@ class DeviceVerifier:
         longest = 1 << (longest - 1).bit_length()
         run = partial(_judgement, longest=longest)
         pieces = {"logits": Piece(logits, rows)}
-        (both,) = recordings.run(("verdict", longest), run, sized, pieces)
+        kind = "cut verdict" if "cut_rows" in sized else "verdict"
+        (both,) = recordings.run((kind, longest), run, sized, pieces)
         return both
 
 

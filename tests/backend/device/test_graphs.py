@@ -172,6 +172,44 @@ def test_a_replay_reads_its_own_tensors_and_gives_new_ones(capture: Capture | No
     assert recordings.counts == RecordingCounts(hits=3, misses=5, recorded=1)
 
 
+def test_where_one_kind_cannot_be_recorded_others_are(capture: Capture | None) -> None:
+    recordings = Recordings(DEVICE, capture)
+    for step in range(1, 5):
+        (one,) = recordings.run(("a", 1), lambda t: (t["x"] * float(t["x"][0]),), ones(step))
+        (two,) = recordings.run(("b", 1), lambda t: (t["x"] + 1,), ones(step))
+        assert (one[0], two[0]) == (step * step, step + 1)
+    assert recordings.counts == RecordingCounts(hits=2, misses=6, recorded=1)
+    for _ in range(3):
+        recordings.run(("a", 2), lambda t: (t["x"],), ones(1))
+    assert recordings.counts.recorded == 1
+
+
+def ones(value: float) -> dict[str, np.ndarray]:
+    return {"x": np.full(3, value)}
+
+
+def test_recordings_read_pieces_of_one_shape_in_one_place(capture: Capture | None) -> None:
+    recordings = Recordings(DEVICE, capture, most=2)
+
+    def run(key: int, rows: int, value: float) -> torch.Tensor:
+        piece = Piece(torch.full((rows, 2), value, device=DEVICE), 8)
+        (made,) = recordings.run(key, lambda t: (t["x"] * key,), {}, {"x": piece})
+        return made[:, 0]
+
+    for step in range(4):
+        for key in (1, 2):
+            rows, value = 8 - step - key, float(10 * step + key)
+            assert run(key, rows, value).tolist() == [key * value] * rows + [0.0] * (8 - rows)
+    first, second = recordings._kept.values()
+    assert first.pieces["x"] is second.pieces["x"]
+    assert len(recordings._places) == 1
+    del first, second
+    for key in (3, 4):  # these read none, and take the place of those that do
+        for _ in range(3):
+            recordings.run(key, lambda t: (t["x"],), ones(1))
+    assert not recordings._places
+
+
 def test_what_is_remembered_of_shapes_is_bounded(capture: Capture | None) -> None:
     recordings = Recordings(DEVICE, capture, most=1)
     for size in range(500):
