@@ -45,11 +45,12 @@ def bucket(count: int) -> int:
 @dataclass(slots=True)
 class RecordingCounts:
     """Calls that were replayed, calls that were not (too large, of a shape that was seen for the
-    first times, or after a recording failed), and recordings that were made."""
+    first times, or of a kind that failed), recordings that were made, and kinds that failed."""
 
     hits: int = 0
     misses: int = 0
     recorded: int = 0
+    failed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +166,7 @@ class Recordings:
             # Of another kind, others may be: they launch other operations, and hold less memory.
             _log.exception("%s could not be recorded: all of its kind is launched", kind)
             self._failed.add(kind)
+            self.counts.failed += 1
             return None
         self.counts.recorded += 1
         self._kept[key] = _Recording(holds, mailbox, own, replay, results)

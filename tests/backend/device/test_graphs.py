@@ -117,7 +117,7 @@ def test_where_recording_fails_passes_are_launched(
     with caplog.at_level(logging.ERROR):
         for _ in range(4):
             assert torch.equal(graphed.forward(batch).logits, expected)
-    assert graphed.recordings.counts == RecordingCounts(misses=4)
+    assert graphed.recordings.counts == RecordingCounts(misses=4, failed=1)
     assert caplog.text.count("could not be recorded") == 1
 
 
@@ -178,7 +178,7 @@ def test_where_one_kind_cannot_be_recorded_others_are(capture: Capture | None) -
         (one,) = recordings.run(("a", 1), lambda t: (t["x"] * float(t["x"][0]),), ones(step))
         (two,) = recordings.run(("b", 1), lambda t: (t["x"] + 1,), ones(step))
         assert (one[0], two[0]) == (step * step, step + 1)
-    assert recordings.counts == RecordingCounts(hits=2, misses=6, recorded=1)
+    assert recordings.counts == RecordingCounts(hits=2, misses=6, recorded=1, failed=1)
     for _ in range(3):
         recordings.run(("a", 2), lambda t: (t["x"],), ones(1))
     assert recordings.counts.recorded == 1

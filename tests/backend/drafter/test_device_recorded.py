@@ -173,7 +173,7 @@ def test_what_waits_for_the_device_cannot_be_recorded(capture: Capture | None) -
         failing = Recordings(DEVICE, capture)
         for _ in range(4):
             failing.run("x", lambda there, w=wait: (w(there["a"]),), {"a": np.ones(3)})
-        assert failing.counts == RecordingCounts(misses=4)
+        assert failing.counts == RecordingCounts(misses=4, failed=1)
     for _ in range(4):
         recordings.run("x", lambda there: (there["a"] * 2,), {"a": np.ones(3)})
     assert recordings.counts == RecordingCounts(hits=2, misses=2, recorded=1)

@@ -163,7 +163,7 @@ def recorded_steps(trial: Trial, precision: str = "bf16", capture: Capture | Non
     """Texts of steps that are replayed as CUDA graphs, plain ones and with drafts, against launched
     ones; and what both take."""
     rows = []
-    kinds = [(name, None, 0) for name in ("greedy", "coupled")]
+    kinds = [(name, None, 0) for name in SAMPLINGS]
     drafted = [] if trial.drafter is None else [("greedy", trial.drafter, 3)]
     for name, drafter, drafts in (*kinds, *drafted):
         sampling = SAMPLINGS[name]
@@ -172,8 +172,8 @@ def recorded_steps(trial: Trial, precision: str = "bf16", capture: Capture | Non
         parts = trial.on_device(precision, drafter, recordings)
         replayed, replayed_s = trial.timed(parts, sampling, drafts)
         _same(launched, replayed, "launched", "replayed")
-        if not recordings.counts.hits:
-            raise CheckFailedError(f"nothing was replayed: {recordings.counts}")
+        if recordings.counts.failed or not recordings.counts.hits:
+            raise CheckFailedError(f"not recorded, or not replayed: {recordings.counts}")
         rows.append(
             {
                 "steps": f"{name}, {drafts} drafts",
