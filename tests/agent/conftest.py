@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from dspark_agent.cli.console import err, out
+
+
+@pytest.fixture(autouse=True)
+def consoles() -> Iterator[None]:
+    """A console asks for the terminal's width once: each test has its own, whoever printed
+    before."""
+    out.cache_clear()
+    err.cache_clear()
+    yield
+    out.cache_clear()
+    err.cache_clear()
 
 
 @pytest.fixture
