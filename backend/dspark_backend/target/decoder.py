@@ -115,6 +115,7 @@ class Decoder:
         x = weights.embedding[token_ids].float().numpy()
         sequences = [contiguous(rows.kv) for rows in batch.sequences]
         spans, positions = self._spans(batch)
+        wanted = _wanted(batch, spans)
         caches = _Caches(sequences, spans)
         features = np.empty((batch.rows, len(taps) * config.hidden_size), np.float32)
         column = self._tap(features, 0, x, -1 in taps)
@@ -133,13 +134,10 @@ class Decoder:
                 )  # fmt: skip
             if is_last and index not in taps:
                 # Of a row that no logits are wanted of, what follows its last keys is no use.
-                kept = _wanted(batch, spans)
-                if len(kept) < batch.rows:
-                    work, x, positions = self._only(kept, work), x[kept], positions[kept]
-                    spans = list(
-                        pairwise(accumulate((r.logits for r in batch.sequences), initial=0))
-                    )
-                caches.spans = np.array(spans, np.int64)
+                if len(wanted) < batch.rows:
+                    work, x, positions = self._only(wanted, work), x[wanted], positions[wanted]
+                    ends = accumulate((rows.logits for rows in batch.sequences), initial=0)
+                    caches.spans = np.array(list(pairwise(ends)), np.int64)
                 if not len(x):
                     break
             attend(
@@ -154,7 +152,11 @@ class Decoder:
             following = weights.norm if is_last else weights.layers[index + 1].input_norm
             add_rms_norm(x, work.delta, following, eps, work.normed)
             column = self._tap(features, column, x, index in taps)
-        return Pass(self._logits(batch, spans, work.normed), torch.from_numpy(features))
+        logits = torch.empty((len(wanted), weights.head.channels), dtype=torch.float32)
+        if len(wanted):
+            normed = work.normed if len(wanted) == len(x) else work.normed[wanted]
+            weights.head(normed, logits.numpy())
+        return Pass(logits, torch.from_numpy(features))
 
     def wait(self) -> None:
         """A pass is over when :meth:`forward` returns."""
@@ -172,16 +174,6 @@ class Decoder:
         narrow = self._workspace(len(kept))
         narrow.q[:] = work.q[kept]
         return narrow
-
-    def _logits(
-        self, batch: Batch, spans: Sequence[tuple[int, int]], normed: NDArray[np.float32]
-    ) -> torch.Tensor:
-        wanted = _wanted(batch, spans)
-        logits = torch.empty((len(wanted), self._weights.head.channels), dtype=torch.float32)
-        if len(wanted):
-            rows = normed if len(wanted) == len(normed) else normed[wanted]
-            self._weights.head(rows, logits.numpy())
-        return logits
 
     def _spans(self, batch: Batch) -> tuple[list[tuple[int, int]], NDArray[np.int64]]:
         spans, pieces, first = [], [], 0
@@ -208,7 +200,7 @@ class Decoder:
 
 
 def _wanted(batch: Batch, spans: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
-    """The rows that logits are wanted of, where each sequence has the rows of its span."""
+    """The rows of ``batch`` that logits are wanted of, each sequence having those of its span."""
     pieces = [
         np.arange(last - rows.logits, last)
         for (_, last), rows in zip(spans, batch.sequences, strict=True)
