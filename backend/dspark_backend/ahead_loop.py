@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 from dspark_backend.ahead.protocol import Flight, Flights, Landed, Landing, Plan, Start
 from dspark_backend.kv.pool import SequencePool
@@ -35,24 +35,22 @@ from dspark_backend.target.protocol import Target
 
 _log = logging.getLogger(__name__)
 
-_PLAIN: Final = SamplingParams()
-_REWRITING: Final = (
-    *("top_k", "top_p", "min_p", "repetition_penalty"),
-    *("presence_penalty", "frequency_penalty", "logit_bias"),
-)
-
 
 def simple(request: StepRequest) -> bool:
     """Whether the device can go on with such a step without a word of the host: each token follows
     from the logits and the noise of its position alone, and nobody asks for an account."""
     sampling = request.sampling
     rejects = sampling.temperature > 0.0 and sampling.acceptance == AcceptanceRule.REJECTION
+    # All other parameters, those that are yet to be thought of included, rewrite or cut logits.
+    bare = SamplingParams(
+        temperature=sampling.temperature, seed=sampling.seed, acceptance=sampling.acceptance
+    )
     return (
         request.grammar is None
         and not request.explain
         and request.max_new_tokens > 0
         and not rejects
-        and all(getattr(sampling, name) == getattr(_PLAIN, name) for name in _REWRITING)
+        and sampling == bare
     )
 
 
@@ -96,7 +94,7 @@ class _Trip:
 
 
 class AheadLoop(StepLoop):
-    """A :class:`StepLoop` that runs ahead where it can: ``iterate`` goes before ``schedule``."""
+    """A :class:`StepLoop` that runs ahead where it can."""
 
     def __init__(
         self,
@@ -116,15 +114,23 @@ class AheadLoop(StepLoop):
         self._flights = flights
         self._trip: _Trip | None = None
 
-    def iterate(self, lock: AbstractContextManager[Any]) -> bool:
+    def iterate(
+        self, lock: AbstractContextManager[Any], live: Callable[[], Sequence[Session]]
+    ) -> None:
+        """As :meth:`StepLoop.iterate`, or a cycle ahead where that can be."""
+        if not self._ahead(lock):
+            super().iterate(lock, live)
+
+    def _ahead(self, lock: AbstractContextManager[Any]) -> bool:
         """Launch a cycle and read the one before it; or read alone, where the steps cannot go on
         without what that says. False where nothing is under way, and the synchronous cycle is due.
 
         Takes the engine's ``lock`` for all but launching and reading."""
         with lock:
-            if self._trip is not None and not self._trip.legs:
-                self._trip = self._trip if self._trip.steps == self.running else None
             goes_on = self._can_fly()
+            if self._trip is not None and not self._trip.legs and not goes_on:
+                self._trip = None  # all of it was read
+                goes_on = self._can_fly()
             if self._trip is None and goes_on:
                 self._trip = self._board()
             trip = self._trip
@@ -162,7 +168,7 @@ class AheadLoop(StepLoop):
     def _board(self) -> _Trip | None:
         """A flight of all that runs; None where one of them died of it, or has lost its drafts."""
         for step in self.running:
-            self._guarded(step, partial(self._catch_up, step))
+            self._guarded(step, partial(self._contexts.catch_up, step))
             self._guarded(step, partial(self._reserve, step))
         self._sweep()
         kvs = [step.session.kv for step in self.running]

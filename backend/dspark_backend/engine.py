@@ -322,7 +322,7 @@ class Engine:
         torch.set_num_threads(self.threads)
         with torch.inference_mode():
             while self._wait_for_work():
-                self._iterate()
+                self._loop.iterate(self.lock, lambda: list(self._sessions))
 
     def _wait_for_work(self) -> bool:
         """False when the engine is closing and nothing is left to end."""
@@ -330,22 +330,6 @@ class Engine:
             while self._loop.idle and not self._closing:
                 self._work.wait()
             return not self._loop.idle
-
-    def _iterate(self) -> None:
-        if isinstance(self._loop, AheadLoop) and self._loop.iterate(self.lock):
-            return
-        with self.lock:
-            chosen = self._loop.schedule(list(self._sessions))
-        if not chosen:
-            return
-        try:
-            judged, seconds = self._loop.run(chosen)
-        except Exception as error:
-            with self.lock:
-                self._loop.fail(chosen, error)
-            return
-        with self.lock:
-            self._loop.commit(chosen, judged, seconds)
 
     # -- sessions and checks -----------------------------------------------------------------
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from dspark_backend.admission import Admission
 from dspark_backend.beginning import Beginning, awaited
 from dspark_backend.cycle import Cycle, Judged
+from dspark_backend.draft_contexts import DraftContexts, context_of
 from dspark_backend.kernels import jit
 from dspark_backend.kv.pool import SequencePool
-from dspark_backend.kv.sequence import KV, Positions
+from dspark_backend.kv.sequence import KV
 from dspark_backend.request import FinishReason
 from dspark_backend.running import RunningStep
 from dspark_backend.sampling.verifier import Answer, Verifier
@@ -34,15 +36,12 @@ from dspark_backend.waiting import WaitingLine
 
 _log = logging.getLogger(__name__)
 
-# Computed tokens whose features wait for the drafter at most: bounds what a step holds.
-_UNREAD = 128
-
 
 class StepLoop:
     """Takes the steps of many sessions together, one pass of the target at a time.
 
-    ``schedule`` and ``commit`` are for the holder of the engine's lock, ``run`` is not: nothing
-    that it touches is anybody else's. A step that dies, dies alone.
+    A pass itself runs without the engine's lock: nothing that it touches is anybody else's. A step
+    that dies, dies alone.
     """
 
     def __init__(
@@ -69,6 +68,7 @@ class StepLoop:
         self._threads = threads
         self._limits = limits
         self._drafter = drafter
+        self._contexts = DraftContexts(drafter, pool, threads)
         self._arbiter = arbiter
         self._cost = cost
         self._copied = CopyAcceptance()
@@ -94,7 +94,24 @@ class StepLoop:
         """Raises CapacityError when a step that ends with so many positions can never run."""
         self._admission.check_fits(positions)
 
-    def schedule(self, live: Sequence[Session]) -> list[tuple[RunningStep, Rows]]:
+    def iterate(
+        self, lock: AbstractContextManager[Any], live: Callable[[], Sequence[Session]]
+    ) -> None:
+        """One cycle. ``lock`` is the engine's, ``live`` tells its sessions to who holds it."""
+        with lock:
+            chosen = self._schedule(live())
+        if not chosen:
+            return
+        try:
+            judged, seconds = self._run(chosen)
+        except Exception as error:
+            with lock:
+                self._fail(chosen, error)
+            return
+        with lock:
+            self._commit(chosen, judged, seconds)
+
+    def _schedule(self, live: Sequence[Session]) -> list[tuple[RunningStep, Rows]]:
         """Who takes part in the next pass, and with which tokens."""
         self._drop_cancelled()
         self._admit(live)
@@ -125,7 +142,7 @@ class StepLoop:
         self._sweep()
         return chosen
 
-    def run(self, chosen: Sequence[tuple[RunningStep, Rows]]) -> tuple[Judged, float]:
+    def _run(self, chosen: Sequence[tuple[RunningStep, Rows]]) -> tuple[Judged, float]:
         """One pass of the target over the chosen rows, and the seconds it took; a device judges
         the blocks in that time, the CPU only when their steps ask."""
         started = time.perf_counter()
@@ -136,7 +153,7 @@ class StepLoop:
             answers = self._verifier.ask(result.logits, asking)
         return Judged(answers, result.features), time.perf_counter() - started
 
-    def commit(
+    def _commit(
         self, chosen: Sequence[tuple[RunningStep, Rows]], judged: Judged, seconds: float
     ) -> None:
         """Commit what holds of every step's block; the draft contexts follow the KV."""
@@ -151,12 +168,12 @@ class StepLoop:
             row += len(rows.tokens)
         self._sweep()
 
-    def fail(self, chosen: Sequence[tuple[RunningStep, Rows]], error: Exception) -> None:
+    def _fail(self, chosen: Sequence[tuple[RunningStep, Rows]], error: Exception) -> None:
         """The pass itself died: all that took part in it end with ``error``."""
         for step, _ in chosen:
             if not step.finished:
                 step.fail(error)
-            self._end_context(step)
+            self._contexts.end(step)
         self._sweep()
 
     def _drop_cancelled(self) -> None:
@@ -181,7 +198,7 @@ class StepLoop:
             else:
                 self.waiting.take()
             for other in self.running:  # their beginnings may be copied
-                self._guarded(other, partial(self._catch_up, other))
+                self._guarded(other, partial(self._contexts.catch_up, other))
             self._guarded(step, partial(self._start, step))
             if not step.finished:
                 self.running.append(step)
@@ -263,10 +280,10 @@ class StepLoop:
         chosen = [able[place] for place in self._arbiter.to_draft(deciding, known, others)]
         started = time.perf_counter()
         for i in chosen:
-            self._guarded(steps[i], partial(self._catch_up, steps[i]))
-            self._guarded(steps[i], partial(self._room_to_draft, steps[i], size))
+            self._guarded(steps[i], partial(self._contexts.catch_up, steps[i]))
+            self._guarded(steps[i], partial(self._contexts.reserve, steps[i], size))
         chosen = [i for i in chosen if not steps[i].finished]
-        anchors = [steps[i].anchor(_context(steps[i]), guided=signals.guided) for i in chosen]
+        anchors = [steps[i].anchor(context_of(steps[i]), guided=signals.guided) for i in chosen]
         if not anchors:
             return {}
         try:
@@ -334,11 +351,6 @@ class StepLoop:
         accepted = step.advance(answer)
         self._arbiter.learn(step, self._proposer(step), block, accepted)
 
-    def _room_to_draft(self, step: RunningStep, positions: int) -> None:
-        """A block's own keys and values go past the end of its context."""
-        context = _context(step)
-        self._pool.reserve(context, context.length + positions)
-
     def _judge(
         self,
         step: RunningStep,
@@ -351,26 +363,7 @@ class StepLoop:
         before = kv.length
         judge()
         if kv.draft is not None:
-            self._remember(step, features[: kv.length - before])
-
-    def _remember(self, step: RunningStep, features: Tensor) -> None:
-        """What the drafter will read of the tokens that were just computed: when it drafts next, or
-        when others may look at its context. Many tokens at once cost it little more than one."""
-        step.unread.append(features.clone())
-        if step.finished or sum(map(len, step.unread)) >= _UNREAD:
-            self._catch_up(step)
-
-    def _catch_up(self, step: RunningStep) -> None:
-        """Bring the drafter's context to where the target's is."""
-        if not step.unread:
-            return
-        features, step.unread = step.unread, []
-        assert self._drafter is not None
-        started = time.perf_counter()
-        with jit.threads(self._threads):
-            self._drafter.extend(_context(step), torch.cat(features))
-        if not step.finished:
-            step.metrics.draft_s += time.perf_counter() - started
+            self._contexts.remember(step, features[: kv.length - before])
 
     def _guarded(self, step: RunningStep, work: Callable[[], None]) -> None:
         """Whatever a step dies of is that step's own error: its neighbours go on."""
@@ -380,22 +373,9 @@ class StepLoop:
             if not step.finished:
                 step.fail(error)
         if step.finished and step.unread:
-            self._end_context(step)
+            self._contexts.end(step)
         if step.finished and step.session.closed and step.session.running is None:
             self._retire(step.session)
 
-    def _end_context(self, step: RunningStep) -> None:
-        """A step is over: its session may be forked, rolled back or copied from."""
-        try:
-            self._catch_up(step)
-        except Exception:
-            _log.exception("the drafter could not read the end of a step: its context stays behind")
-
     def _sweep(self) -> None:
         self.running = [step for step in self.running if not step.finished]
-
-
-def _context(step: RunningStep) -> Positions:
-    context = step.session.kv.draft
-    assert context is not None, "every sequence of an engine with a drafter has a draft context"
-    return context
