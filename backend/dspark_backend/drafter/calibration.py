@@ -50,7 +50,10 @@ class Calibration(BaseModel):
         try:
             read = cls.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
-            raise ModelFormatError(f"{path} is no calibration: {error}") from error
+            raise ModelFormatError(
+                f"{path} is no calibration ({error}): calibrate the drafter again, or remove the "
+                "file to go without"
+            ) from error
         values = read.temperatures
         if len(values) != block_size or not all(0 < value < 1e3 for value in values):
             raise ModelFormatError(
