@@ -112,8 +112,8 @@ def outcomes(engine: Engine, steps: Sequence[StepRequest]) -> list[StepOutcome]:
     return made
 
 
-def request(index: int = 0, count: int = 8, **fields: object) -> StepRequest:
-    return StepRequest(PROMPTS[index], count, **{"ignore_eos": True, **fields})  # type: ignore[arg-type]
+def request(index: int = 0, count: int = 8, **fields: Any) -> StepRequest:
+    return StepRequest(PROMPTS[index], count, **{"ignore_eos": True, **fields})
 
 
 @pytest.fixture(scope="module")

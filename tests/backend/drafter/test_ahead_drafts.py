@@ -24,6 +24,7 @@ from dspark_backend.events import StepEvent, Tokens
 from dspark_backend.kernels.recording import Capture, RecordingCounts, Recordings
 from dspark_backend.kv.budget import KVShape
 from dspark_backend.kv.paged import PagedContext, PagedKV, paged_context
+from dspark_backend.kv.pages import PagePool
 from dspark_backend.parts import Parts, device_parts
 from dspark_backend.request import FinishReason, SamplingParams, StepOutcome, StepRequest
 from dspark_backend.sampling.verify import Acceptance
@@ -102,7 +103,7 @@ class Told:
         drafts = [int(token) for token in block[:BLOCK] if token >= 0]
         return Proposal(tuple(drafts), tuple(block[BLOCK : BLOCK + len(drafts)].tolist()), "told")
 
-    def _block(self, pool: Any, table: torch.Tensor, at: int, token: int) -> list[float]:
+    def _block(self, pool: PagePool, table: torch.Tensor, at: int, token: int) -> list[float]:
         positions = torch.arange(at)
         seen = self._layer(pool)[table[positions // 64], 0, positions % 64, 0]
         survival = [0.9**k for k in range(1, BLOCK + 1)]
@@ -115,8 +116,8 @@ class Told:
         self.problems.append(f"no text has this context of {at} positions")
         return [*[-1.0] * BLOCK, *survival]
 
-    def _layer(self, pool: Any) -> torch.Tensor:
-        return pool.keys[self._target.config.num_layers]  # type: ignore[no-any-return]
+    def _layer(self, pool: PagePool) -> torch.Tensor:
+        return pool.keys[self._target.config.num_layers]
 
 
 def request(index: int = 0, count: int = 9, **fields: Any) -> StepRequest:
