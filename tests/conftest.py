@@ -59,6 +59,9 @@ def pytest_configure() -> None:
     it is first imported, so it is set before any test module is."""
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    # For the processes of -n, which begin after this: threads that wait must not spin on the core
+    # that another process works on.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(params=["asyncio", "trio"])
