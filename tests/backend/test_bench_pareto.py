@@ -160,8 +160,9 @@ def test_every_agent_has_memory_for_the_longest_run(
 def test_as_many_agents_as_asked_for_share_the_passes(
     crowd: CrowdWorker, trace: Path, agents: int
 ) -> None:
-    wave = crowd.wave(load_of(read_trace(trace), 4), agents)
-    assert len(wave.runs) == 4
+    # Many runs: on a busy machine an agent may be through with one before another has begun.
+    wave = crowd.wave(load_of(read_trace(trace), 24), agents)
+    assert len(wave.runs) == 24
     shared = [cycle.requests for run in wave.runs for sample in run for cycle in sample.cycles]
     assert max(shared) == agents
     spent = sum(sample.total_s for run in wave.runs for sample in run)
