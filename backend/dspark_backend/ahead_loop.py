@@ -1,96 +1,64 @@
 """The loop of a device that runs ahead: a cycle is launched before the one before it was read.
 
-The host is one cycle behind. What it commits, streams and checks (ends, stop strings, limits,
-cancellation) is a cycle whose successor is under way already; where that turns out to have been in
-vain, it is not looked at: what it wrote lies past the committed length.
+The host is one cycle behind, or where a grammar has a say, one pass. What it commits, streams and
+checks (ends, stop strings, limits, cancellation) is a cycle whose successor is under way already;
+where that turns out to have been in vain, it is not looked at: what it wrote lies past the
+committed length.
 
-Taken for as long as every running step is simple and nobody arrives, ends or is cancelled. All else
-is the synchronous cycle's of ``loop.py``, and neither changes what is written: drafts are a
-function of the context, and are held against what plain decoding writes there.
+Taken for as long as every running step is simple, nothing of what comes next is known, and nobody
+arrives, ends or is cancelled. All else is the synchronous cycle's of ``loop.py``, and neither
+changes what is written: drafts are a function of the context, and are held against what plain
+decoding writes there.
 """
 
 from __future__ import annotations
 
 import logging
-import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from dspark_backend.ahead.protocol import Flight, Flights, Landed, Landing, Plan, Start
+from dspark_backend.ahead.protocol import Brought, Flights, Landed, Plan, Start
+from dspark_backend.ahead_trip import GuidedTrip, Trip
 from dspark_backend.kv.pool import SequencePool
 from dspark_backend.loop import StepLoop
 from dspark_backend.request import AcceptanceRule, SamplingParams, StepRequest
 from dspark_backend.running import RunningStep
-from dspark_backend.sampling.verifier import Verifier
+from dspark_backend.sampling.verifier import Answer, Verifier
 from dspark_backend.scheduler import Limits
 from dspark_backend.session import Session
 from dspark_backend.speculation.arbiter import Arbiter
 from dspark_backend.speculation.cost import CostModel
-from dspark_backend.speculation.protocol import Drafter
+from dspark_backend.speculation.protocol import Drafter, Proposal
 from dspark_backend.target.protocol import Target
 
 _log = logging.getLogger(__name__)
 
+# Drafts of a flight know no grammar, and where it forces a span, a pass is under way that does not
+# hold it. So names, numbers and short values are the synchronous cycle's.
+_FREELY = 8  # tokens that a step wrote on end without having been forced
+# A copy that is expected to hold for more tokens than this, and than a block of drafts, is laid out
+# by the synchronous cycle.
+_COPIED = 4
+
 
 def simple(request: StepRequest) -> bool:
-    """Whether the device can go on with such a step without a word of the host: each token follows
-    from the logits and the noise of its position alone, and nobody asks for an account."""
+    """Whether the device can go on with such a step without a word of the host, but for the masks
+    of a grammar: each token follows from the logits and the noise of its position alone, and nobody
+    asks for an account."""
     sampling = request.sampling
     rejects = sampling.temperature > 0.0 and sampling.acceptance == AcceptanceRule.REJECTION
     # All other parameters, those that are yet to be thought of included, rewrite or cut logits.
     bare = SamplingParams(
         temperature=sampling.temperature, seed=sampling.seed, acceptance=sampling.acceptance
     )
-    return (
-        request.grammar is None
-        and not request.explain
-        and request.max_new_tokens > 0
-        and not rejects
-        and sampling == bare
-    )
+    return not request.explain and request.max_new_tokens > 0 and not rejects and sampling == bare
 
 
 def _may_board(step: RunningStep) -> bool:
-    return step.base_rows == 1 and simple(step.request)
-
-
-@dataclass(frozen=True, slots=True)
-class _Leg:
-    """A cycle under way."""
-
-    landing: Landing
-    plan: Plan
-    launched: float
-
-
-@dataclass(slots=True, eq=False)
-class _Trip:
-    """A flight of ``steps``, and its cycles that were not read yet, in order."""
-
-    flight: Flight
-    steps: list[RunningStep]
-    legs: deque[_Leg] = field(default_factory=deque)
-    landed: float = 0.0
-    """When the last of them was read."""
-
-    def launch(self, plan: Plan) -> None:
-        self.legs.append(_Leg(self.flight.launch(plan), plan, time.perf_counter()))
-
-    def read(self) -> tuple[_Leg, list[Landed], float]:
-        """The oldest cycle, what it brought, and the seconds that no cycle before it counted.
-        Waits for the device."""
-        leg = self.legs.popleft()
-        landed = leg.landing.read()
-        began, self.landed = max(leg.launched, self.landed), time.perf_counter()
-        return leg, landed, self.landed - began
-
-    def unread(self, place: int) -> int:
-        """The most tokens that those cycles may have written for step ``place``."""
-        return sum(1 + leg.plan.lengths[place] for leg in self.legs)
+    freely = step.request.grammar is None or step.freely >= _FREELY
+    return step.base_rows == 1 and simple(step.request) and freely
 
 
 class AheadLoop(StepLoop):
@@ -112,44 +80,99 @@ class AheadLoop(StepLoop):
         """As :class:`StepLoop`, ``flights`` being of its target and drafter."""
         super().__init__(target, verifier, pool, threads, limits, drafter, arbiter, cost, retire)
         self._flights = flights
-        self._trip: _Trip | None = None
+        self._trip: Trip | GuidedTrip | None = None
 
     def iterate(
         self, lock: AbstractContextManager[Any], live: Callable[[], Sequence[Session]]
     ) -> None:
         """As :meth:`StepLoop.iterate`, or a cycle ahead where that can be."""
-        if not self._ahead(lock):
+        trip = self._trip
+        if isinstance(trip, GuidedTrip):
+            self._go_on_guided(lock, trip)
+        elif not self._go_on(lock, trip):
             super().iterate(lock, live)
 
-    def _ahead(self, lock: AbstractContextManager[Any]) -> bool:
+    def _go_on(self, lock: AbstractContextManager[Any], trip: Trip | None) -> bool:
         """Launch a cycle and read the one before it; or read alone, where the steps cannot go on
         without what that says. False where nothing is under way, and the synchronous cycle is due.
 
         Takes the engine's ``lock`` for all but launching and reading."""
         with lock:
             goes_on = self._can_fly()
-            if self._trip is not None and not self._trip.legs and not goes_on:
+            if trip is not None and not trip.under_way and not goes_on:
                 self._trip = None  # all of it was read
                 goes_on = self._can_fly()
             if self._trip is None and goes_on:
                 self._trip = self._board()
-            trip = self._trip
-            plan = self._plan(trip) if trip is not None and goes_on else None
-            if trip is None or (plan is None and not trip.legs):
+            current = self._trip
+            plan = self._plan(current) if current is not None and goes_on else None
+            if plan is None and not (isinstance(current, Trip) and current.under_way):
                 self._trip = None
                 return False
+        assert current is not None
         try:
+            if isinstance(current, GuidedTrip):
+                current.launch(plan, ())
+                return True
             if plan is not None:
-                trip.launch(plan)
-            read = trip.read() if plan is None or len(trip.legs) > 1 else None
+                current.launch(plan)
+            read = current.read() if plan is None or current.under_way > 1 else None
         except Exception as error:
             with lock:
-                self._crash(trip.steps, error)
+                self._crash(current.steps, error)
             return True
         if read is not None:
             with lock:
-                self._land(trip, *read)
+                self._land(current, *read)
         return True
+
+    def _go_on_guided(self, lock: AbstractContextManager[Any], trip: GuidedTrip) -> None:
+        """Read what is known before the pass under way is through, and launch what follows it; or
+        end the flight, with that pass.
+
+        Takes the engine's ``lock`` for all but launching and reading."""
+        try:
+            brought, seconds = trip.read()
+            with lock:
+                plan = self._follow(trip, brought, seconds)
+                if self._trip is None:
+                    return
+                masks = [step.block.masks for step in trip.steps]
+            trip.launch(plan, masks)
+            if plan is None:
+                brought, seconds = trip.read()
+        except Exception as error:
+            with lock:
+                self._crash(trip.steps, error)
+            return
+        if plan is None:
+            with lock:
+                self._trip = None
+                self._judged(trip, brought, seconds)
+                for step in trip.steps:
+                    self._guarded(step, step.splice)
+                self._sweep()
+
+    def _follow(self, trip: GuidedTrip, brought: Brought, seconds: float) -> Plan | None:
+        """Commit what was judged, lay out what is under way, and say what follows it; None where
+        the flight ends with that."""
+        assert trip.plan is not None
+        self._judged(trip, brought, seconds)
+        if all(step.finished for step in trip.steps):
+            self._trip = None  # whatever is still under way is nobody's
+            return None
+        blocks = zip(trip.steps, brought.proposals, trip.plan.lengths, strict=True)
+        for step, proposal, length in blocks:
+            if not step.finished:
+                self._guarded(step, partial(self._lay_down, step, proposal, length))
+        self._sweep()
+        return self._plan(trip) if self._can_fly() else None
+
+    def _judged(self, trip: GuidedTrip, brought: Brought, seconds: float) -> None:
+        for step, answer in zip(trip.steps, brought.answers, strict=False):
+            if not step.finished:
+                self._guarded(step, partial(self._settle, step, answer, seconds))
+        self._sweep()
 
     def _can_fly(self) -> bool:
         """Whether there is nothing else to do than to go on with the steps that run."""
@@ -163,9 +186,20 @@ class AheadLoop(StepLoop):
             and (full or not self.waiting)
             and not any(step.cancelled for step in self.unfinished)
             and (trip is not None or all(map(_may_board, self.running)))
+            and not any(map(self._better_off, self.running))
         )
 
-    def _board(self) -> _Trip | None:
+    def _better_off(self, step: RunningStep) -> bool:
+        """Whether the synchronous cycle knows what comes next: by the grammar, or by a copy."""
+        try:
+            if step.determined:
+                return True
+        except Exception:
+            return True  # the step dies of it there
+        offer = self._copy(step)
+        return offer is not None and offer.gain > max(_COPIED, self._flights.block_size)
+
+    def _board(self) -> Trip | GuidedTrip | None:
         """A flight of all that runs; None where one of them died of it, or has lost its drafts."""
         for step in self.running:
             self._guarded(step, partial(self._contexts.catch_up, step))
@@ -179,7 +213,9 @@ class AheadLoop(StepLoop):
             for kv, step in zip(kvs, self.running, strict=True)
         ]
         try:
-            return _Trip(self._flights.begin(starts), [*self.running])
+            if any(step.request.grammar is not None for step in self.running):
+                return GuidedTrip(self._flights.begin_guided(starts), [*self.running])
+            return Trip(self._flights.begin(starts), [*self.running])
         except Exception as error:
             self._crash(self.running, error)
             return None
@@ -191,7 +227,7 @@ class AheadLoop(StepLoop):
         kv = step.session.kv
         self._pool.reserve(kv, len(step.session.log) + left + self._flights.block_size)
 
-    def _plan(self, trip: _Trip) -> Plan | None:
+    def _plan(self, trip: Trip | GuidedTrip) -> Plan | None:
         """The next cycle; None where a step may have written all that it is to write by then."""
         left = [
             step.request.max_new_tokens - step.new_tokens - trip.unread(place)
@@ -212,25 +248,26 @@ class AheadLoop(StepLoop):
             tuple(min(length, more - 1) for length, more in zip(lengths, left, strict=True)),
         )
 
-    def _land(self, trip: _Trip, leg: _Leg, landed: Sequence[Landed], seconds: float) -> None:
-        for place, (step, one) in enumerate(zip(trip.steps, landed, strict=True)):
+    def _land(self, trip: Trip, plan: Plan, landed: Sequence[Landed], seconds: float) -> None:
+        for step, one, length in zip(trip.steps, landed, plan.lengths, strict=True):
             if not step.finished:
-                length = leg.plan.lengths[place]
-                self._guarded(step, partial(self._settle, step, one, length, seconds))
+                self._guarded(step, partial(self._lay_down, step, one.proposal, length))
+                self._guarded(step, partial(self._settle, step, one.answer, seconds))
         self._sweep()
         if all(step.finished for step in trip.steps):
             self._trip = None  # whatever is still under way is nobody's
 
-    def _settle(self, step: RunningStep, landed: Landed, length: int, seconds: float) -> None:
-        """Commit what holds of the first ``length`` drafts of a cycle."""
-        kv = step.session.kv
+    def _lay_down(self, step: RunningStep, proposal: Proposal, length: int) -> None:
+        """The first ``length`` drafts are, or were, computed."""
+        offer = self._arbiter.drafted(step, proposal) if proposal.tokens else None
+        step.offer_under_way(offer, length)
+
+    def _settle(self, step: RunningStep, answer: Answer, seconds: float) -> None:
+        """Commit what holds of the drafts that were laid down."""
+        kv, block = step.session.kv, step.block
         try:
-            if landed.proposal.tokens:
-                step.offer(self._arbiter.drafted(step, landed.proposal), None)
-                step.block = step.block.first(length)
-            block = step.block
             step.computed(step.pending, seconds)
-            accepted = step.advance(landed.answer)
+            accepted = step.advance(answer, splice=False)
             self._arbiter.learn(step, None, block, accepted)
         finally:
             # The device wrote the draft context along.

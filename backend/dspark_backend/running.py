@@ -11,7 +11,6 @@ import math
 import queue
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from dspark_backend.events import Failed, Finished, Prefilled, StepEvent, Tokens
-from dspark_backend.metrics import EngineMetrics
 from dspark_backend.request import FinishReason, ForcedMode, StepKind, StepOutcome, StepRequest
 from dspark_backend.sampling.drafting import SampledDrafts
 from dspark_backend.sampling.sampler import Sampler
@@ -35,10 +33,12 @@ from dspark_backend.speculation.block import (
     Offer,
     constrained,
     unconstrained,
+    verbatim,
 )
 from dspark_backend.speculation.guide import ChainGuide, Choice, Likeliest
 from dspark_backend.speculation.protocol import Anchor, Proposal
 from dspark_backend.speculation.trail import Trail
+from dspark_backend.tally import Tally
 
 if TYPE_CHECKING:
     from dspark_backend.kv.sequence import Positions
@@ -62,7 +62,8 @@ class RunningStep:
         """Appends the request's tokens to the log. Raises RequestError for bad sampling."""
         self.session = session
         self.request = request
-        self.metrics = EngineMetrics()
+        self._tally = Tally()
+        self.metrics = self._tally.metrics
         self.block = Block()
         self.account: CycleAccount | None = None
         """Of the cycle under way, where the request asks to explain; what it brought is added."""
@@ -78,10 +79,11 @@ class RunningStep:
         self._on_event = on_event
         self._callback_error: Exception | None = None
         self._cancelled = threading.Event()
-        self._submitted = time.perf_counter()
-        self.due = math.inf if request.deadline_s is None else self._submitted + request.deadline_s
+        after_s = math.inf if request.deadline_s is None else request.deadline_s
+        self.due = self._tally.submitted + after_s
         """When the step should be over, on the clock of ``time.perf_counter``."""
-        self._admitted = False
+        self.freely = 0
+        """Tokens written since the last one that the grammar forced."""
         self._prefilling = True
         self._stops = StopStrings(request.stop)
         self._sampler = Sampler(request.sampling, [*session.log, *request.tokens], vocab_size)
@@ -96,8 +98,6 @@ class RunningStep:
         self._ends = frozenset((*ends, *grammatical, *request.stop_token_ids))
         self._stream = tokenizer.stream()
         self._text: list[str] = []
-        self._proposed: Counter[str] = Counter()
-        self._accepted: Counter[str] = Counter()
         session.read(request.tokens)
         self._start = len(session.log)
 
@@ -135,7 +135,7 @@ class RunningStep:
     @property
     def admitted(self) -> bool:
         """Whether the step has left the queue."""
-        return self._admitted
+        return self._tally.admitted
 
     @property
     def cancelled(self) -> bool:
@@ -147,9 +147,7 @@ class RunningStep:
 
     def admit(self) -> None:
         """The step leaves the queue; ``session.kv`` holds what could be re-used by now."""
-        self._admitted = True
-        self.metrics.queue_s = time.perf_counter() - self._submitted
-        self.metrics.prefill_cached_tokens = self.session.kv.length
+        self._tally.admit(self.session.kv.length)
 
     def rows(self, count: int) -> list[int]:
         """The first ``count`` tokens to compute: committed ones, then drafts."""
@@ -157,12 +155,19 @@ class RunningStep:
         waiting = self.session.log[first : first + count]
         return [*waiting, *self.block.tokens[: count - len(waiting)]]
 
+    @property
+    def determined(self) -> bool:
+        """Whether the grammar forces what comes next. Raises GrammarError when it dies."""
+        if self._trail is None or self.request.forced is ForcedMode.OFF:
+            return False
+        with self._tally.grammar():
+            return bool(self._trail.forced())
+
     # -- what the loop tells -----------------------------------------------------------------
 
     def begin(self) -> None:
         """Before the first pass: a span that the grammar forces from the start is committed."""
-        if self._trail is not None:
-            self._commit_forced(self._trail)
+        self.splice()
 
     @property
     def room(self) -> int:
@@ -181,11 +186,10 @@ class RunningStep:
         trail, self.block, self._guide = self._trail, Block(), None
         if trail is None:
             return
-        started = time.perf_counter()
-        forced = trail.forced() if self.request.forced is ForcedMode.VERIFY else ()
-        offer = Offer(Proposal(forced, (1.0,) * len(forced), FORCED), (1.0,) * len(forced))
-        self.block = constrained(trail, offer if forced else None, room=max(self.room, 0))
-        self.metrics.grammar_s += time.perf_counter() - started
+        with self._tally.grammar():
+            forced = trail.forced() if self.request.forced is ForcedMode.VERIFY else ()
+            offer = Offer(Proposal(forced, (1.0,) * len(forced), FORCED), (1.0,) * len(forced))
+            self.block = constrained(trail, offer if forced else None, room=max(self.room, 0))
 
     def anchor(self, context: Positions, *, guided: bool = True) -> Anchor:
         """Where a drafter goes on, ``context`` being its own of this session; for one call of it.
@@ -213,9 +217,13 @@ class RunningStep:
         if self._trail is None:
             self.block = unconstrained(offer, room=self.room, extend=extend)
             return
-        started = time.perf_counter()
-        self.block = constrained(self._trail, offer, room=max(self.room, 0), extend=extend)
-        self.metrics.grammar_s += time.perf_counter() - started
+        with self._tally.grammar():
+            self.block = constrained(self._trail, offer, room=max(self.room, 0), extend=extend)
+
+    def offer_under_way(self, offer: Offer | None, count: int) -> None:
+        """As :meth:`offer`, of ``count`` drafts that a pass has begun to compute."""
+        with self._tally.grammar():
+            self.block = verbatim(self._trail, offer, count)
 
     def computed(self, rows: int, seconds: float) -> None:
         """A pass computed the next ``rows`` tokens; those that are in the log are done."""
@@ -241,9 +249,9 @@ class RunningStep:
         block = self.block
         return Question(self._sampler, block.tokens, block.masks, block.distributions)
 
-    def advance(self, answer: Answer) -> int:
-        """Commit what ``answer`` lets stand of the block, and what follows it. Returns how many of
-        the block's tokens stood.
+    def advance(self, answer: Answer, *, splice: bool = True) -> int:
+        """Commit what ``answer`` lets stand of the block, and what follows it, with ``splice`` what
+        is forced after it as well. Returns how many of the block's tokens stood.
 
         Raises GrammarError when the grammar allows nothing or dies; the step is to fail then.
         """
@@ -255,8 +263,7 @@ class RunningStep:
         self.block = Block()
         if self.account is not None:
             self.account = replace(self.account, accepted=acceptance.accepted)
-        self._proposed.update(block.sources)
-        self._accepted.update(block.sources[: acceptance.accepted])
+        self._tally.judged(block.sources, acceptance.accepted)
         self.session.kv.length += acceptance.accepted
         accepted = zip(block.sources, block.tokens[: acceptance.accepted], strict=False)
         for source, run in groupby(accepted, key=itemgetter(0)):
@@ -264,15 +271,20 @@ class RunningStep:
                 self._commit([token for _, token in run], source)
         if not self.finished:
             self._commit([acceptance.next_token], MODEL)
-        if self._trail is not None and not self.finished:
-            self._commit_forced(self._trail)
+        if splice:
+            self.splice()
         self._close_account()
         return acceptance.accepted
+
+    def splice(self) -> None:
+        """Commit what the grammar forces from here on, where that is not verified."""
+        if self._trail is not None and not self.finished:
+            self._commit_forced(self._trail)
 
     def finish(self, reason: FinishReason) -> None:
         """End the step; its session is free for the next one when the event is out."""
         self._deliver(self._stops.feed(self._stream.flush())[0] + self._stops.flush(), (), MODEL)
-        self._account()
+        self._tally.close(self.new_tokens)
         self._close_account()
         self.finished = True
         new = tuple(self.session.log[self._start : self._start + self.new_tokens])
@@ -283,7 +295,7 @@ class RunningStep:
 
     def fail(self, error: Exception) -> None:
         """End the step with an error; other steps do not notice."""
-        self._account()
+        self._tally.close(self.new_tokens)
         self.finished = True
         self._release()
         if error is self._callback_error:
@@ -298,13 +310,11 @@ class RunningStep:
     # -- the rules ---------------------------------------------------------------------------
 
     def _commit_forced(self, trail: Trail) -> None:
-        started = time.perf_counter()
-        span = trail.span()
-        self.metrics.grammar_s += time.perf_counter() - started
+        with self._tally.grammar():
+            span = trail.span()
         if span:
             room = self.request.max_new_tokens - self.new_tokens
-            self._proposed[FORCED] += len(span)
-            self._accepted[FORCED] += min(room, len(span))
+            self._tally.wrote(FORCED, len(span), min(room, len(span)))
             self._commit(span[:room], FORCED)
 
     def _commit(self, tokens: Sequence[int], source: str) -> None:
@@ -329,9 +339,9 @@ class RunningStep:
                 break
         if self._trail is not None:
             self._advance_grammar(self._trail, taken, reason)
+        self.freely = 0 if source is FORCED else self.freely + len(taken)
         if source is MODEL:
-            self._proposed[MODEL] += len(taken)
-            self._accepted[MODEL] += len(taken)
+            self._tally.wrote(MODEL, len(taken), len(taken))
         # A draft after an accepted end is computed, but not part of the log.
         self.session.kv.length = min(self.session.kv.length, len(self.session.log))
         self._deliver(text, tuple(taken), source)
@@ -344,14 +354,13 @@ class RunningStep:
     def _advance_grammar(
         self, trail: Trail, tokens: list[int], reason: FinishReason | None
     ) -> None:
-        started = time.perf_counter()
-        ended = reason is FinishReason.STOP and tokens[-1] != trail.end_of_turn_id
-        trail.commit(tokens[:-1] if ended else tokens)
-        self.metrics.grammar_s += time.perf_counter() - started
+        with self._tally.grammar():
+            ended = reason is FinishReason.STOP and tokens[-1] != trail.end_of_turn_id
+            trail.commit(tokens[:-1] if ended else tokens)
 
     def _deliver(self, text: str, tokens: tuple[int, ...], source: str) -> None:
-        if tokens and self.metrics.ttft_s == 0.0:
-            self.metrics.ttft_s = time.perf_counter() - self._submitted
+        if tokens:
+            self._tally.delivered()
         if text:
             self._text.append(text)
         if text or tokens:
@@ -362,16 +371,6 @@ class RunningStep:
             written = len(self.session.log) - self.account.position
             self._accounts.append(replace(self.account, written=written))
             self.account = None
-
-    def _account(self) -> None:
-        m = self.metrics
-        m.total_s = time.perf_counter() - self._submitted
-        if not self._admitted:
-            m.queue_s = m.total_s
-        m.new_tokens = self.new_tokens
-        m.proposed, m.accepted = dict(self._proposed), dict(self._accepted)
-        named = m.queue_s + m.prefill_s + m.decode_s + m.grammar_s + m.draft_s + m.verify_s
-        m.overhead_s = max(0.0, m.total_s - named)
 
     def _release(self) -> None:
         self.block = Block()

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from torch import Tensor
+
 from dspark_backend.kv.sequence import KV
 from dspark_backend.request import SamplingParams
 from dspark_backend.sampling.verifier import Answer
@@ -48,6 +50,20 @@ class Landed:
     proposal: Proposal
 
 
+Masked = tuple[Tensor | None, ...] | None
+"""The masks of a step's rows of a pass, as :attr:`Block.masks`: None where anything may follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """What is known once a guided pass is under way: the ``answers`` to each step about the pass
+    before (empty where there was none), and the ``proposals`` that are being computed (empty ones
+    where nothing was drafted)."""
+
+    answers: list[Answer]
+    proposals: list[Proposal]
+
+
 class Landing(Protocol):
     """The results of one cycle, on their way."""
 
@@ -70,6 +86,27 @@ class Flight(Protocol):
         """
 
 
+class GuidedLanding(Protocol):
+    """Drafts and the verdict before them, on their way."""
+
+    def read(self) -> Brought:
+        """Waits for the drafts, not for the pass over them; to be called once, in the order of the
+        launches."""
+
+
+class GuidedFlight(Protocol):
+    """As :class:`Flight`, for steps of which some are under a grammar: a pass is judged by the
+    launch after it, when the host has read its drafts and knows what may follow them."""
+
+    def launch(self, plan: Plan | None, masks: Sequence[Masked]) -> GuidedLanding:
+        """Judge the pass under way by ``masks``, one for each step (none at first, when there is
+        none), then draft and go on with another pass; or with None, with nothing. Waits for none of
+        it. Drafts know no grammar: those that it does not allow fall.
+
+        Raises ValueError where there may be no room for it.
+        """
+
+
 class Flights(Protocol):
     """What makes flights. Used by the engine's thread only."""
 
@@ -79,7 +116,10 @@ class Flights(Protocol):
 
     @property
     def cycles(self) -> int:
-        """Cycles that were launched, in all flights."""
+        """Passes that were launched, in all flights."""
 
     def begin(self, starts: Sequence[Start]) -> Flight:
         """A flight of steps that stand at ``starts``, at least one."""
+
+    def begin_guided(self, starts: Sequence[Start]) -> GuidedFlight:
+        """The same, where a grammar has a say."""

@@ -116,6 +116,9 @@ def stages_of(name: str, device: torch.device, models: Sequence[str]) -> list[St
             Stage(f"{model}: in any company", partial(_on, checks.in_any_company, model, device)),
             Stage(f"{model}: graphs", partial(_on, checks.recorded_steps, model, device)),
             Stage(f"{model}: ahead", partial(_on, checks.steps_ahead, model, device)),
+            Stage(
+                f"{model}: ahead, guided", partial(_on, checks.guided_steps_ahead, model, device)
+            ),
             Stage(f"{model}: bits of a row", partial(_on, checks.bits_of_a_row, model, device)),
         ]
     drafted = [model for model in models if shipped_drafter(model) is not None]

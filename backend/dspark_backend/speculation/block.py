@@ -163,6 +163,29 @@ def constrained(
     return writer.block(tuple(masks), refused)
 
 
+def verbatim(trail: Trail | None, offer: Offer | None, count: int) -> Block:
+    """The first ``count`` drafts as they are, where a pass computes them already. One that is not
+    legal falls, and what comes after it is not looked at.
+
+    Raises GrammarError when the grammar dies on the way.
+    """
+    writer = _Writer(count, None)
+    if offer is not None:
+        writer.take(offer)
+    masks: list[torch.Tensor | None] = []
+    looking = trail is not None
+    while True:
+        draft = writer.next()
+        if trail is not None:
+            looking = looking and not (writer.tokens and trail.over(writer.tokens))
+            mask = trail.mask(writer.tokens) if looking else None
+            masks.append(mask)
+            looking = mask is not None and draft is not None and is_allowed(mask, draft.token)
+        if draft is None:
+            return writer.block(None if trail is None else tuple(masks))
+        writer.write(draft)
+
+
 @dataclass(frozen=True, slots=True)
 class _Draft:
     token: int

@@ -26,7 +26,13 @@ from dspark_backend.kv.budget import KVShape
 from dspark_backend.kv.paged import PagedContext, PagedKV, paged_context
 from dspark_backend.kv.pages import PagePool
 from dspark_backend.parts import Parts, device_parts
-from dspark_backend.request import FinishReason, SamplingParams, StepOutcome, StepRequest
+from dspark_backend.request import (
+    FinishReason,
+    ForcedMode,
+    SamplingParams,
+    StepOutcome,
+    StepRequest,
+)
 from dspark_backend.sampling.verify import Acceptance
 from dspark_backend.scheduler import Limits
 from dspark_backend.speculation.policies import Fixed
@@ -113,7 +119,8 @@ class Told:
                 right = self.right(at)
                 wrong = [(draft + 1) % 384 if draft >= 0 else draft for draft in drafts[right:]]
                 return [*drafts[:right], *wrong, *survival]
-        self.problems.append(f"no text has this context of {at} positions")
+        if not any(torch.equal(seen[: len(text)], features) for text, features in self._texts):
+            self.problems.append(f"no text, nor what follows one, has this context of {at}")
         return [*[-1.0] * BLOCK, *survival]
 
     def _layer(self, pool: PagePool) -> torch.Tensor:
@@ -233,6 +240,38 @@ def test_a_session_goes_on_after_an_end_inside_a_block(fast: Fast) -> None:
                 outcome = fast.engine.step(branch, rest)
                 assert outcome.token_ids == whole[end:]
                 assert outcome.metrics.accepted["told"] > 0
+
+
+@pytest.mark.parametrize(
+    ("forced", "right"),
+    [
+        (ForcedMode.OFF, 2),
+        (ForcedMode.VERIFY, BLOCK),
+        pytest.param(ForcedMode.OFF, 0, marks=pytest.mark.slow),
+        pytest.param(ForcedMode.OFF, BLOCK, marks=pytest.mark.slow),
+        pytest.param(ForcedMode.VERIFY, 0, marks=pytest.mark.slow),
+    ],
+)
+def test_drafts_under_a_grammar_write_the_plain_text(
+    fast: Fast, forced: ForcedMode, right: int
+) -> None:
+    """Drafts that it does not allow fall, and so does what says something else than the model; the
+    contexts are right all the same. In company with a text that has no grammar."""
+    grammar = fast.plain.dialect.compiler.compile_lark('start: /[a-z]{20,24}/ ", stop."')
+    steps = [
+        StepRequest(PROMPTS[0], 40, COUPLED, grammar=grammar, forced=forced),
+        request(1, 24, sampling=replace(COUPLED, seed=4)),
+    ]
+    expected = [o.token_ids for o in outcomes(fast.plain, steps)]
+    for step, tokens in zip(steps, expected, strict=True):
+        fast.told.learn([*step.tokens, *tokens])
+    fast.told.right = lambda position: right
+    given = outcomes(fast.engine, steps)
+    assert [o.token_ids for o in given] == expected
+    for outcome in given:
+        accepted = outcome.metrics.accepted.get("told", 0)
+        assert accepted > outcome.metrics.cycles if right == BLOCK else accepted >= right
+    assert fast.flights.cycles > 2
 
 
 @pytest.mark.slow

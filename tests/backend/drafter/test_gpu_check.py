@@ -130,6 +130,14 @@ def test_the_checks_hold_on_a_tiny_model(trial: checks.Trial, capture: Capture |
     assert checks.never_waits(DEVICE, vocab=70) == {"vocabulary": 70}
 
 
+@pytest.mark.slow
+def test_guided_steps_run_ahead_on_a_tiny_model(
+    trial: checks.Trial, capture: Capture | None
+) -> None:
+    rows = checks.guided_steps_ahead(replace(trial, tokens=13), "fp32", capture)["rows"]
+    assert [row["steps"] for row in rows] == ["coupled, 3 drafts", "coupled, 0 drafts"]
+
+
 def test_a_check_says_where_texts_part(
     trial: checks.Trial, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,8 @@ from dspark_backend.target.batch import Rows
 
 Texts = list[tuple[int, ...]]
 
+_LETTERS = "start: /[a-z ]{1000,2000}/"
+
 SAMPLINGS = {
     "greedy": SamplingParams(),
     "coupled": SamplingParams(temperature=0.8, seed=7),
@@ -72,14 +74,16 @@ class Trial:
         with self._engine(parts, drafts) as engine:
             return self._written(engine, sampling, together=together)
 
-    def timed(self, parts: Parts, sampling: SamplingParams, drafts: int) -> tuple[Texts, float]:
+    def timed(
+        self, parts: Parts, sampling: SamplingParams, drafts: int, lark: str | None = None
+    ) -> tuple[Texts, float]:
         """What an engine of ``parts`` writes to all prompts at once when it does so for the third
-        time, and the seconds that took."""
+        time, under the grammar ``lark`` where one is given, and the seconds that took."""
         with self._engine(parts, drafts) as engine:
             for _ in range(2):
-                self._written(engine, sampling, together=True)
+                self._written(engine, sampling, lark, together=True)
             started = time.perf_counter()
-            written = self._written(engine, sampling, together=True)
+            written = self._written(engine, sampling, lark, together=True)
             return written, time.perf_counter() - started
 
     def _engine(self, parts: Parts, drafts: int) -> Engine:
@@ -87,8 +91,14 @@ class Trial:
         policy = Fixed(drafts)
         return Engine(self.files, parts, 1, self.kv_bytes, Limits(), policy, signals=signals)
 
-    def _written(self, engine: Engine, sampling: SamplingParams, *, together: bool) -> Texts:
-        steps = [StepRequest(p, self.tokens, sampling, ignore_eos=True) for p in self.prompts]
+    def _written(
+        self, engine: Engine, sampling: SamplingParams, lark: str | None = None, *, together: bool
+    ) -> Texts:
+        grammar = None if lark is None else engine.dialect.compiler.compile_lark(lark)
+        steps = [
+            StepRequest(prompt, self.tokens, sampling, ignore_eos=True, grammar=grammar)
+            for prompt in self.prompts
+        ]
         groups = [steps] if together else [[step] for step in steps]
         written: Texts = []
         for group in groups:
@@ -188,23 +198,44 @@ def recorded_steps(trial: Trial, precision: str = "bf16", capture: Capture | Non
 def steps_ahead(trial: Trial, precision: str = "bf16", capture: Capture | None = None) -> Facts:
     """Texts of cycles that are launched before the last one was read, plain ones and with drafts,
     launched and replayed as CUDA graphs, against synchronous ones; and what both take."""
-    rows = []
-    kinds = [(name, None, 0) for name in ("greedy", "coupled")]
-    drafted = [] if trial.drafter is None else [("greedy", trial.drafter, 3)]
-    for name, drafter, drafts in (*kinds, *drafted):
-        sampling = SAMPLINGS[name]
-        last, last_s = trial.timed(trial.on_device(precision, drafter), sampling, drafts)
-        row: Facts = {"steps": f"{name}, {drafts} drafts", "synchronous_s": last_s}
-        for kind, recordings in (("ahead", None), ("replayed", Recordings(trial.device, capture))):
-            parts = trial.on_device(precision, drafter, recordings, ahead=True)
-            written, row[f"{kind}_s"] = trial.timed(parts, sampling, drafts)
-            _same(last, written, "synchronous", kind)
-            if parts.flights is None or not parts.flights.cycles:
-                raise CheckFailedError("no cycle was launched ahead")
-            if recordings is not None and not recordings.counts.hits:
-                raise CheckFailedError(f"nothing was replayed: {recordings.counts}")
-        rows.append(row)
+    kinds: list[tuple[str, Path | None, int]] = [("greedy", None, 0), ("coupled", None, 0)]
+    if trial.drafter is not None:
+        kinds.append(("greedy", trial.drafter, 3))
+    rows = [_ahead(trial, precision, capture, *kind) for kind in kinds]
     return {"precision": precision, "rows": rows}
+
+
+def guided_steps_ahead(
+    trial: Trial, precision: str = "bf16", capture: Capture | None = None
+) -> Facts:
+    """The same under a grammar that never says what comes next: masks are made while the device
+    computes what they are for."""
+    kinds = [(trial.drafter, 3 if trial.drafter is not None else 0), (None, 0)]
+    rows = [_ahead(trial, precision, capture, "coupled", *kind, _LETTERS) for kind in kinds]
+    return {"precision": precision, "rows": rows}
+
+
+def _ahead(
+    trial: Trial,
+    precision: str,
+    capture: Capture | None,
+    name: str,
+    drafter: Path | None,
+    drafts: int,
+    lark: str | None = None,
+) -> Facts:
+    sampling = SAMPLINGS[name]
+    last, last_s = trial.timed(trial.on_device(precision, drafter), sampling, drafts, lark)
+    row: Facts = {"steps": f"{name}, {drafts} drafts", "synchronous_s": last_s}
+    for kind, recordings in (("ahead", None), ("replayed", Recordings(trial.device, capture))):
+        parts = trial.on_device(precision, drafter, recordings, ahead=True)
+        written, row[f"{kind}_s"] = trial.timed(parts, sampling, drafts, lark)
+        _same(last, written, "synchronous", kind)
+        if parts.flights is None or not parts.flights.cycles:
+            raise CheckFailedError("no cycle was launched ahead")
+        if recordings is not None and not recordings.counts.hits:
+            raise CheckFailedError(f"nothing was replayed: {recordings.counts}")
+    return row
 
 
 def never_waits(device: torch.device, vocab: int = 50_000) -> Facts:
