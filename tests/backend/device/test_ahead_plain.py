@@ -37,6 +37,9 @@ from dspark_backend.request import (
 )
 from dspark_backend.sampling.device import answered
 from dspark_backend.scheduler import Limits
+from dspark_backend.speculation.copy_acceptance import CopyAcceptance
+from dspark_backend.speculation.policies import Fixed
+from dspark_backend.speculation.signals import Signals
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROMPTS = [tuple(range(10 + 7 * i, 19 + 9 * i)) for i in range(3)]
@@ -103,11 +106,14 @@ class WatchedLanding:
         return self.landing.read()
 
 
-def ahead_engine(files: ModelFiles, limits: Limits | None = None) -> tuple[Engine, Watched]:
+def ahead_engine(
+    files: ModelFiles, limits: Limits | None = None, **options: Any
+) -> tuple[Engine, Watched]:
     parts = device_parts(files, "fp32", 256, None, DEVICE, ahead=True)
     assert parts.flights is not None
     watched = Watched(parts.flights)
-    return Engine(files, replace(parts, flights=watched), 1, 2**21, limits or Limits()), watched
+    parts = replace(parts, flights=watched)
+    return Engine(files, parts, 1, 2**21, limits or Limits(), **options), watched
 
 
 def outcomes(engine: Engine, steps: Sequence[StepRequest]) -> list[StepOutcome]:
@@ -376,3 +382,19 @@ def test_what_needs_the_host_is_not_simple(fields: dict[str, Any]) -> None:
 def test_the_cpu_is_not_run_ahead_of(files: ModelFiles) -> None:
     with pytest.raises(RequestError, match=r"ahead is a GPU's.*device='cuda', or without"):
         Engine.load(files.folder, ahead=True)
+
+
+def test_what_can_be_copied_is_left_to_the_synchronous_cycle(
+    files: ModelFiles, synchronous: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text that goes round in circles; it goes ahead for as long as nobody can have noticed."""
+    # What experience with a real model says of long matches.
+    monkeypatch.setattr(CopyAcceptance, "probability", lambda self, kind, at: 0.95)
+    step = request(0, 60)
+    (expected,) = outcomes(synchronous, [step])
+    engine, watched = ahead_engine(files, policy=Fixed(8), signals=Signals())
+    with engine:
+        (given,) = outcomes(engine, [step])
+    assert given.token_ids == expected.token_ids
+    assert watched.asked.count("launch 20") == 1
+    assert given.metrics.accepted["copy"] > 8
