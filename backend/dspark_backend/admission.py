@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from dspark_backend.kv.pool import SequencePool
 from dspark_backend.kv.retention import returns_in
@@ -42,7 +42,8 @@ class Admission:
 
     def known(self, step: RunningStep, live: Sequence[Session]) -> int:
         """How many tokens of its log ``step`` could take over now."""
-        return self._longest(step, live)[1]
+        session = step.session
+        return 0 if session.kv.length else self._pool.known(session.log, _logs(step, live))
 
     def fill(self, step: RunningStep) -> None:
         """Reserve the room, and take over what another sequence has of the log already."""
@@ -59,8 +60,7 @@ class Admission:
         session = step.session
         if session.kv.length:
             return None, 0
-        logs = ((other.log, other.kv) for other in _others(step, live))
-        return self._pool.longest(session.log, logs)
+        return self._pool.longest(session.log, _logs(step, live))
 
     def _needed(self, step: RunningStep) -> int:
         return len(step.session.log) + step.request.max_new_tokens + self._margin
@@ -69,6 +69,11 @@ class Admission:
 def _others(step: RunningStep, live: Sequence[Session]) -> list[Session]:
     """Sessions that hold memory, but for the step's own."""
     return [other for other in live if other is not step.session and other.kv.capacity]
+
+
+def _logs(step: RunningStep, live: Sequence[Session]) -> Iterator[tuple[Sequence[int], KV]]:
+    """What they hold."""
+    return ((other.log, other.kv) for other in _others(step, live))
 
 
 def _idle(sessions: Sequence[Session]) -> list[KV]:

@@ -121,6 +121,8 @@ def test_a_beginning_that_is_wanted_often_stays_longer() -> None:
         cache.keep([seed, seed], sequence(budget, 2))
     for clock[0], seed in ((1.0, 1), (2.0, 1), (3.0, 1), (6.0, 2)):
         cache.longest([seed, seed], [])
+    for clock[0] in (7.0, 8.0, 9.0):  # asked about, which is not wanting it
+        assert cache.known([3, 3, 3], []) == 2
     clock[0] = 10.0  # left alone for 7, 4 and 10 seconds; wanted 3, 1 and 0 times
     assert cache.evict(lambda: cache.held_bytes <= 2 * GRAIN_BYTES)
     assert cache.longest([3, 3], []) == (None, 0)

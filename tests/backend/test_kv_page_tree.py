@@ -153,6 +153,13 @@ class Keeping(RuleBasedStateMachine):
             by_page[page].hits += 1
             by_page[page].last_used = now
 
+    @rule(tokens=logs)
+    def looked_for(self, tokens: list[int]) -> None:
+        """As often as one likes: it changes nothing of who leaves first."""
+        self.later()
+        most = max((shared(tokens, key) for key in self.table), default=0)
+        assert self.tree.known(tokens, []) == most
+
     @rule(count=st.integers(1, 4))
     def evicted(self, count: int) -> None:
         self.later()

@@ -124,6 +124,10 @@ class PageTree:
         self._lent.adopt([node.page for node in path], length)
         return self._lent, length
 
+    def known(self, tokens: Sequence[int], live: Iterable[tuple[Sequence[int], KV]]) -> int:
+        """As :meth:`Prefixes.known`."""
+        return max(longest_live(tokens, live)[1], self._path(tokens)[1])
+
     def evict(self, enough: Callable[[], bool], spare: KV | None = None) -> bool:
         """As :meth:`Prefixes.evict`."""
         if self._lent is not spare:

@@ -100,6 +100,10 @@ class SequencePool:
         shared = min(shared, len(tokens) - 1)
         return (source, shared) if shared > 0 else (None, 0)
 
+    def known(self, tokens: Sequence[int], live: Iterable[tuple[Sequence[int], KV]]) -> int:
+        """How many tokens :meth:`longest` would find. Nothing follows from asking."""
+        return max(0, min(self._prefixes.known(tokens, live), len(tokens) - 1))
+
     def retire(self, tokens: Sequence[int], kv: KV) -> None:
         """A session is over: keep the sequence for its beginning while there is room."""
         kv.truncate(_complete(kv))  # a hit must find both contexts

@@ -77,16 +77,26 @@ class PrefixCache:
     ) -> tuple[KV | None, int]:
         """As :meth:`Prefixes.longest`."""
         best, shared = longest_live(tokens, live)
+        hit, length = self._longest_kept(tokens, shared)
+        if hit is None:
+            return best, shared
+        hit.hits += 1
+        hit.last_used = self._clock()
+        return hit.kv, length
+
+    def known(self, tokens: Sequence[int], live: Iterable[tuple[Sequence[int], KV]]) -> int:
+        """As :meth:`Prefixes.known`."""
+        return self._longest_kept(tokens, longest_live(tokens, live)[1])[1]
+
+    def _longest_kept(self, tokens: Sequence[int], shared: int) -> tuple[_Kept | None, int]:
+        """Who has most of ``tokens``, and how many; None where nobody has more than ``shared``."""
         hit: _Kept | None = None
         for key, kept in self._kept.items():
             if kept.kv.length > shared:
                 length = min(common_prefix(tokens, key), kept.kv.length)
                 if length > shared:
-                    best, shared, hit = kept.kv, length, kept
-        if hit is not None:
-            hit.hits += 1
-            hit.last_used = self._clock()
-        return best, shared
+                    shared, hit = length, kept
+        return hit, shared
 
     def evict(self, enough: Callable[[], bool], spare: KV | None = None) -> bool:
         """As :meth:`Prefixes.evict`."""

@@ -90,6 +90,9 @@ class Prefixes(Protocol):
         given up.
         """
 
+    def known(self, tokens: Sequence[int], live: Iterable[tuple[Sequence[int], KV]]) -> int:
+        """How much :meth:`longest` would find. Nothing follows from asking."""
+
     def evict(self, enough: Callable[[], bool], spare: KV | None = None) -> bool:
         """Give up what is wanted last, then what is next, until ``enough()`` or until nothing is
         left whose memory would come back; ``spare`` excepted. Whether it is enough."""
