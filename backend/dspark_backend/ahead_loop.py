@@ -166,6 +166,9 @@ class AheadLoop(StepLoop):
             if not step.finished:
                 self._guarded(step, partial(self._lay_down, step, proposal, length))
         self._sweep()
+        for step in self.running:
+            if self._determined(step):
+                step.freely = 0  # the pass under way may write the span: nobody will see it as one
         return self._plan(trip) if self._can_fly() else None
 
     def _judged(self, trip: GuidedTrip, brought: Brought, seconds: float) -> None:
@@ -191,13 +194,16 @@ class AheadLoop(StepLoop):
 
     def _better_off(self, step: RunningStep) -> bool:
         """Whether the synchronous cycle knows what comes next: by the grammar, or by a copy."""
-        try:
-            if step.determined:
-                return True
-        except Exception:
-            return True  # the step dies of it there
+        if self._determined(step):
+            return True
         offer = self._copy(step)
         return offer is not None and offer.gain > max(_COPIED, self._flights.block_size)
+
+    def _determined(self, step: RunningStep) -> bool:
+        try:
+            return step.determined
+        except Exception:
+            return True  # the step dies of it in the synchronous cycle
 
     def _board(self) -> Trip | GuidedTrip | None:
         """A flight of all that runs; None where one of them died of it, or has lost its drafts."""
@@ -251,11 +257,14 @@ class AheadLoop(StepLoop):
     def _land(self, trip: Trip, plan: Plan, landed: Sequence[Landed], seconds: float) -> None:
         for step, one, length in zip(trip.steps, landed, plan.lengths, strict=True):
             if not step.finished:
-                self._guarded(step, partial(self._lay_down, step, one.proposal, length))
-                self._guarded(step, partial(self._settle, step, one.answer, seconds))
+                self._guarded(step, partial(self._take, step, one, length, seconds))
         self._sweep()
         if all(step.finished for step in trip.steps):
             self._trip = None  # whatever is still under way is nobody's
+
+    def _take(self, step: RunningStep, landed: Landed, length: int, seconds: float) -> None:
+        self._lay_down(step, landed.proposal, length)
+        self._settle(step, landed.answer, seconds)
 
     def _lay_down(self, step: RunningStep, proposal: Proposal, length: int) -> None:
         """The first ``length`` drafts are, or were, computed."""

@@ -21,7 +21,7 @@ from dspark_backend.running import RunningStep
 
 
 @dataclass(frozen=True, slots=True)
-class _Leg:
+class _Unread:
     """A cycle under way."""
 
     landing: Landing
@@ -35,7 +35,7 @@ class Trip:
 
     flight: Flight
     steps: list[RunningStep]
-    _legs: deque[_Leg] = field(default_factory=deque)
+    _legs: deque[_Unread] = field(default_factory=deque)
     _read: float = 0.0
     """When the last of them was."""
 
@@ -46,7 +46,7 @@ class Trip:
 
     def launch(self, plan: Plan) -> None:
         """Waits for nothing."""
-        self._legs.append(_Leg(self.flight.launch(plan), plan, time.perf_counter()))
+        self._legs.append(_Unread(self.flight.launch(plan), plan, time.perf_counter()))
 
     def read(self) -> tuple[Plan, list[Landed], float]:
         """Of the oldest cycle its plan, what it brought, and the seconds that no cycle before it
@@ -70,20 +70,28 @@ class GuidedTrip:
     plan: Plan | None = None
     """Of the pass under way."""
     _landing: GuidedLanding | None = None
-    _read: float = field(default_factory=time.perf_counter)
+    _spent: float = 0.0
+    """Seconds of launching and waiting that no verdict counted; what the host does meanwhile counts
+    as that."""
 
     def launch(self, plan: Plan | None, masks: Sequence[Masked]) -> None:
         """Have the pass under way judged, and launch the next one; waits for nothing."""
+        started = time.perf_counter()
         self._landing = self.flight.launch(plan, masks)
         self.plan = plan
+        self._spent += time.perf_counter() - started
 
     def read(self) -> tuple[Brought, float]:
-        """What was judged and drafted last, and the seconds since that was read before. Waits for
-        the device, but not for the pass under way."""
+        """What was judged and drafted last, and the seconds that were spent on it. Waits for the
+        device, but not for the pass under way."""
         assert self._landing is not None
+        started = time.perf_counter()
         brought = self._landing.read()
-        began, self._read = self._read, time.perf_counter()
-        return brought, self._read - began
+        self._spent += time.perf_counter() - started
+        seconds = self._spent
+        if brought.answers:
+            self._spent = 0.0
+        return brought, seconds
 
     def unread(self, place: int) -> int:
         """The most tokens that the pass under way may write for step ``place``."""

@@ -165,7 +165,8 @@ def constrained(
 
 def verbatim(trail: Trail | None, offer: Offer | None, count: int) -> Block:
     """The first ``count`` drafts as they are, where a pass computes them already. One that is not
-    legal falls, and what comes after it is not looked at.
+    legal falls, and what comes after it is not looked at. One after the end of the turn may stand:
+    the step is over before it, and it is no part of the block.
 
     Raises GrammarError when the grammar dies on the way.
     """
@@ -177,7 +178,8 @@ def verbatim(trail: Trail | None, offer: Offer | None, count: int) -> Block:
     while True:
         draft = writer.next()
         if trail is not None:
-            looking = looking and not (writer.tokens and trail.over(writer.tokens))
+            if looking and writer.tokens and trail.over(writer.tokens):
+                return writer.block((*masks, None))
             mask = trail.mask(writer.tokens) if looking else None
             masks.append(mask)
             looking = mask is not None and draft is not None and is_allowed(mask, draft.token)

@@ -4,6 +4,7 @@ interpreter where there is no GPU."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from dspark_backend import running
 from dspark_backend.ahead.device import DeviceFlights
 from dspark_backend.ahead.protocol import (
     Brought,
@@ -185,6 +187,36 @@ def test_the_host_reads_while_a_pass_is_under_way(ahead: tuple[Engine, Watched])
         expected += [f"read {number - 1}", f"launch {number}"]
     # What the grammar forces is the synchronous cycle's.
     assert watched.asked == [*expected, f"read {launches - 1}", "end", f"read {launches}"]
+
+
+def test_short_spans_are_left_to_the_synchronous_cycle(
+    ahead: tuple[Engine, Watched], synchronous: Engine
+) -> None:
+    """The pass under way writes the first of them unnoticed; nobody flies on between the others."""
+    grammar = synchronous.dialect.compiler.compile_lark('start: /[a-z]{20}/ ("." /[0-9]/)~8')
+    step = called(synchronous, grammar=grammar, sampling=COUPLED)
+    (expected,), (given,) = outcomes(synchronous, [step]), outcomes(ahead[0], [step])
+    assert given.token_ids == expected.token_ids
+    assert ahead[1].asked.count("begin") == 1
+    assert given.metrics.cycles <= expected.metrics.cycles + 1
+
+
+def test_the_parts_of_a_steps_time_are_no_more_than_all_of_it(
+    ahead: tuple[Engine, Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, _ = ahead
+    plainly = running.verbatim
+
+    def slowly(*given: Any) -> Any:
+        time.sleep(0.02)
+        return plainly(*given)
+
+    monkeypatch.setattr(running, "verbatim", slowly)
+    (outcome,) = outcomes(engine, [called(engine, sampling=COUPLED)])
+    m = outcome.metrics
+    parts = m.queue_s + m.prefill_s + m.decode_s + m.grammar_s + m.draft_s + m.verify_s
+    assert m.grammar_s > 0.1
+    assert parts + m.overhead_s == pytest.approx(m.total_s, rel=1e-6)
 
 
 def test_who_wrote_little_freely_is_waited_for(ahead: tuple[Engine, Watched]) -> None:

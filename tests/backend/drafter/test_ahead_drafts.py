@@ -35,6 +35,7 @@ from dspark_backend.request import (
 )
 from dspark_backend.sampling.verify import Acceptance
 from dspark_backend.scheduler import Limits
+from dspark_backend.speculation.arbiter import Arbiter
 from dspark_backend.speculation.policies import Fixed
 from dspark_backend.speculation.protocol import Anchor, Proposal
 from dspark_backend.speculation.signals import Signals
@@ -232,7 +233,8 @@ def test_a_session_goes_on_after_an_end_inside_a_block(fast: Fast) -> None:
         assert outcome.finish_reason is FinishReason.STOP
         assert outcome.token_ids == whole[: end + 1]
         assert session.kv.draft is not None
-        assert session.kv.draft.length == session.kv.length == session.cached_tokens
+        cached = session.cached_tokens  # takes the lock: the cycle is through
+        assert session.kv.draft.length == session.kv.length == cached
         session.rollback(2)
         with session.fork() as twin:
             rest = StepRequest((whole[end - 1],), 12 - end, ignore_eos=True)
@@ -263,8 +265,11 @@ def test_drafts_under_a_grammar_write_the_plain_text(
         request(1, 24, sampling=replace(COUPLED, seed=4)),
     ]
     expected = [o.token_ids for o in outcomes(fast.plain, steps)]
-    for step, tokens in zip(steps, expected, strict=True):
-        fast.told.learn([*step.tokens, *tokens])
+    # Where the grammar is through, the drafts go on with what the model would say without it.
+    after = [replace(steps[0], tokens=(*steps[0].tokens, *expected[0]), grammar=None), steps[1]]
+    tails = [o.token_ids[: BLOCK + 1] for o in outcomes(fast.plain, after)]
+    for step, tokens, tail in zip(steps, expected, (tails[0], ()), strict=True):
+        fast.told.learn([*step.tokens, *tokens, *tail])
     fast.told.right = lambda position: right
     given = outcomes(fast.engine, steps)
     assert [o.token_ids for o in given] == expected
@@ -272,6 +277,32 @@ def test_drafts_under_a_grammar_write_the_plain_text(
         accepted = outcome.metrics.accepted.get("told", 0)
         assert accepted > outcome.metrics.cycles if right == BLOCK else accepted >= right
     assert fast.flights.cycles > 2
+
+
+def test_a_step_whose_drafts_cannot_be_laid_down_ends_and_leaves_its_session_whole(
+    fast: Fast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (expected,) = fast.expect(request(0, 9))
+    plainly = Arbiter.drafted
+    fails = [True]
+
+    def once(*given: Any) -> Any:
+        if fails and fast.flights.cycles:
+            fails.clear()
+            raise RuntimeError("no survival is known")
+        return plainly(*given)
+
+    monkeypatch.setattr(Arbiter, "drafted", once)
+    fast.told.right = lambda position: 1
+    with fast.engine.open_session() as session:
+        with pytest.raises(RuntimeError, match="no survival"):
+            fast.engine.step(session, request(0, 9))
+        written = session.tokens[len(PROMPTS[0]) :]
+        assert written == expected[: len(written)]
+        assert session.cached_tokens < len(session.tokens)
+        session.rollback(1)
+        rest = StepRequest(written[-1:], 9 - len(written), ignore_eos=True)
+        assert fast.engine.step(session, rest).token_ids == expected[len(written) :]
 
 
 @pytest.mark.slow
