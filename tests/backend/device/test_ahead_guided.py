@@ -5,9 +5,8 @@ interpreter where there is no GPU."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,15 +16,11 @@ from dspark_backend import running
 from dspark_backend.ahead.device import DeviceFlights
 from dspark_backend.ahead.protocol import (
     Brought,
-    Flight,
-    Flights,
-    GuidedFlight,
-    GuidedLanding,
     Masked,
     Plan,
     Start,
 )
-from dspark_backend.catalog import ModelFiles, resolve
+from dspark_backend.catalog import ModelFiles
 from dspark_backend.engine import Engine
 from dspark_backend.errors import GrammarError
 from dspark_backend.grammar.bitmask import only
@@ -36,107 +31,15 @@ from dspark_backend.request import (
     FinishReason,
     ForcedMode,
     SamplingParams,
-    StepOutcome,
     StepRequest,
 )
-from dspark_backend.scheduler import Limits
 from dspark_backend.speculation.protocol import Proposal
 from dspark_backend.target.batch import Batch, Rows
 from dspark_backend.target.device import DeviceDecoder
+from running_ahead import DEVICE, Watched, outcomes
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GREEDY, COUPLED = SamplingParams(), SamplingParams(temperature=1.0, seed=11)
 CALL = 'start: "call " /[a-z]{24,27}/ ", stop."'
-
-
-@dataclass
-class Watched:
-    """Flights, and what was asked of the guided ones."""
-
-    flights: Flights
-    asked: list[str] = field(default_factory=list)
-    at_launch: Callable[[int], None] = lambda number: None
-
-    @property
-    def block_size(self) -> int:
-        return self.flights.block_size
-
-    @property
-    def cycles(self) -> int:
-        return self.flights.cycles
-
-    def begin(self, starts: Sequence[Start]) -> Flight:
-        return self.flights.begin(starts)
-
-    def begin_guided(self, starts: Sequence[Start]) -> GuidedFlight:
-        self.asked.append("begin")
-        return WatchedFlight(self, self.flights.begin_guided(starts))
-
-
-@dataclass
-class WatchedFlight:
-    watched: Watched
-    flight: GuidedFlight
-    launched: int = 0
-
-    def launch(self, plan: Plan | None, masks: Sequence[Masked]) -> GuidedLanding:
-        number, self.launched = self.launched, self.launched + 1
-        self.watched.asked.append("end" if plan is None else f"launch {number}")
-        self.watched.at_launch(number)
-        return WatchedLanding(self.watched, self.flight.launch(plan, masks), number)
-
-
-@dataclass
-class WatchedLanding:
-    watched: Watched
-    landing: GuidedLanding
-    number: int
-
-    def read(self) -> Brought:
-        self.watched.asked.append(f"read {self.number}")
-        return self.landing.read()
-
-
-@pytest.fixture(scope="module")
-def files(tiny_checkpoint: Callable[..., Path]) -> ModelFiles:
-    return resolve(str(tiny_checkpoint("qwen3", num_hidden_layers=1)))
-
-
-@pytest.fixture(scope="module")
-def synchronous(files: ModelFiles) -> Iterator[Engine]:
-    parts = device_parts(files, "fp32", 256, None, DEVICE)
-    with Engine(files, parts, 1, 2**21, Limits()) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def shared(files: ModelFiles) -> Iterator[tuple[Engine, Watched]]:
-    parts = device_parts(files, "fp32", 256, None, DEVICE, ahead=True)
-    assert parts.flights is not None
-    watched = Watched(parts.flights)
-    with Engine(files, replace(parts, flights=watched), 1, 2**21, Limits()) as engine:
-        yield engine, watched
-    assert engine.kv_used_bytes == 0
-
-
-@pytest.fixture
-def ahead(shared: tuple[Engine, Watched]) -> tuple[Engine, Watched]:
-    engine, watched = shared
-    watched.asked.clear()
-    watched.at_launch = lambda number: None
-    return engine, watched
-
-
-def outcomes(engine: Engine, steps: Sequence[StepRequest]) -> list[StepOutcome]:
-    """Of all steps at once, in sessions of their own."""
-    with engine.lock:  # so that all of them are there when the first one begins
-        sessions = [engine.open_session() for _ in steps]
-        handles = [engine.submit(s, step) for s, step in zip(sessions, steps, strict=True)]
-    made = [handle.result(300) for handle in handles]
-    for session, step, outcome in zip(sessions, steps, made, strict=True):
-        assert session.tokens == (*step.tokens, *outcome.token_ids)
-        session.close()
-    return made
 
 
 def called(engine: Engine, **fields: Any) -> StepRequest:
@@ -159,7 +62,7 @@ def test_texts_are_those_of_the_synchronous_engine(
     assert given.finish_reason is expected.finish_reason is FinishReason.GRAMMAR
     assert given.text.startswith("call ")
     assert given.text.endswith(", stop.")
-    assert ahead[1].asked.count("begin") == 1
+    assert ahead[1].asked.count("guided begin") == 1
 
 
 def test_company_with_a_text_of_its_own_flies_along(
@@ -173,20 +76,21 @@ def test_company_with_a_text_of_its_own_flies_along(
     expected, given = outcomes(synchronous, steps), outcomes(ahead[0], steps)
     assert [o.token_ids for o in given] == [o.token_ids for o in expected]
     assert [o.finish_reason for o in given] == [o.finish_reason for o in expected]
-    assert "launch 3" in ahead[1].asked
+    assert "guided launch 3" in ahead[1].asked
 
 
 def test_the_host_reads_while_a_pass_is_under_way(ahead: tuple[Engine, Watched]) -> None:
     """Each launch judges the pass before it, once what that is about has been read."""
     engine, watched = ahead
     outcomes(engine, [called(engine, sampling=COUPLED)])
-    launches = sum(what.startswith("launch") for what in watched.asked)
+    launches = sum(what.startswith("guided launch") for what in watched.asked)
     assert launches >= 2
     expected = ["begin", "launch 0"]
     for number in range(1, launches):
         expected += [f"read {number - 1}", f"launch {number}"]
     # What the grammar forces is the synchronous cycle's.
-    assert watched.asked == [*expected, f"read {launches - 1}", "end", f"read {launches}"]
+    expected += [f"read {launches - 1}", "end", f"read {launches}"]
+    assert watched.asked == [f"guided {what}" for what in expected]
 
 
 def test_short_spans_are_left_to_the_synchronous_cycle(
@@ -197,7 +101,7 @@ def test_short_spans_are_left_to_the_synchronous_cycle(
     step = called(synchronous, grammar=grammar, sampling=COUPLED)
     (expected,), (given,) = outcomes(synchronous, [step]), outcomes(ahead[0], [step])
     assert given.token_ids == expected.token_ids
-    assert ahead[1].asked.count("begin") == 1
+    assert ahead[1].asked.count("guided begin") == 1
     assert given.metrics.cycles <= expected.metrics.cycles + 1
 
 

@@ -4,35 +4,24 @@ no GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dspark_backend.ahead.protocol import (
-    Flight,
-    Flights,
-    GuidedFlight,
     Landed,
-    Landing,
-    Plan,
-    Start,
 )
 from dspark_backend.ahead_loop import simple
-from dspark_backend.catalog import ModelFiles, resolve
+from dspark_backend.catalog import ModelFiles
 from dspark_backend.engine import Engine
 from dspark_backend.errors import BackendError, RequestError
 from dspark_backend.events import StepEvent, Tokens
-from dspark_backend.parts import device_parts
 from dspark_backend.request import (
     AcceptanceRule,
     FinishReason,
     SamplingParams,
-    StepOutcome,
     StepRequest,
 )
 from dspark_backend.sampling.device import answered
@@ -40,8 +29,8 @@ from dspark_backend.scheduler import Limits
 from dspark_backend.speculation.copy_acceptance import CopyAcceptance
 from dspark_backend.speculation.policies import Fixed
 from dspark_backend.speculation.signals import Signals
+from running_ahead import Watched, WatchedLanding, ahead_engine, outcomes
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROMPTS = [tuple(range(10 + 7 * i, 19 + 9 * i)) for i in range(3)]
 SAMPLINGS = {
     "greedy": SamplingParams(),
@@ -49,115 +38,8 @@ SAMPLINGS = {
 }
 
 
-@dataclass
-class Watched:
-    """Flights, and what was asked of them: ``begin``, ``launch 0``, ``launch 1``, ``read 0``."""
-
-    flights: Flights
-    asked: list[str] = field(default_factory=list)
-    at_launch: Callable[[int], None] = lambda number: None
-
-    @property
-    def block_size(self) -> int:
-        return self.flights.block_size
-
-    @property
-    def cycles(self) -> int:
-        return self.flights.cycles
-
-    @property
-    def most_unread(self) -> int:
-        """Cycles under way at once."""
-        counts, unread = [0], 0
-        for what in self.asked:
-            unread = 0 if what == "begin" else unread + (1 if "launch" in what else -1)
-            counts.append(unread)
-        return max(counts)
-
-    def begin(self, starts: Sequence[Start]) -> Flight:
-        self.asked.append("begin")
-        return WatchedFlight(self, self.flights.begin(starts))
-
-    def begin_guided(self, starts: Sequence[Start]) -> GuidedFlight:
-        raise AssertionError("no step here is under a grammar")
-
-
-@dataclass
-class WatchedFlight:
-    watched: Watched
-    flight: Flight
-    launched: int = 0
-
-    def launch(self, plan: Plan) -> Landing:
-        number, self.launched = self.launched, self.launched + 1
-        self.watched.asked.append(f"launch {number}")
-        self.watched.at_launch(number)
-        return WatchedLanding(self.watched, self.flight.launch(plan), number)
-
-
-@dataclass
-class WatchedLanding:
-    watched: Watched
-    landing: Landing
-    number: int
-
-    def read(self) -> list[Landed]:
-        self.watched.asked.append(f"read {self.number}")
-        return self.landing.read()
-
-
-def ahead_engine(
-    files: ModelFiles, limits: Limits | None = None, **options: Any
-) -> tuple[Engine, Watched]:
-    parts = device_parts(files, "fp32", 256, None, DEVICE, ahead=True)
-    assert parts.flights is not None
-    watched = Watched(parts.flights)
-    parts = replace(parts, flights=watched)
-    return Engine(files, parts, 1, 2**21, limits or Limits(), **options), watched
-
-
-def outcomes(engine: Engine, steps: Sequence[StepRequest]) -> list[StepOutcome]:
-    """Of all steps at once, in sessions of their own."""
-    with engine.lock:  # so that all of them are there when the first one begins
-        sessions = [engine.open_session() for _ in steps]
-        handles = [engine.submit(s, step) for s, step in zip(sessions, steps, strict=True)]
-    made = [handle.result(300) for handle in handles]
-    for session, step, outcome in zip(sessions, steps, made, strict=True):
-        assert session.tokens == (*step.tokens, *outcome.token_ids)
-        session.close()
-    return made
-
-
 def request(index: int = 0, count: int = 8, **fields: Any) -> StepRequest:
     return StepRequest(PROMPTS[index], count, **{"ignore_eos": True, **fields})
-
-
-@pytest.fixture(scope="module")
-def files(tiny_checkpoint: Callable[..., Path]) -> ModelFiles:
-    return resolve(str(tiny_checkpoint("qwen3", num_hidden_layers=1)))
-
-
-@pytest.fixture(scope="module")
-def synchronous(files: ModelFiles) -> Iterator[Engine]:
-    parts = device_parts(files, "fp32", 256, None, DEVICE)
-    with Engine(files, parts, 1, 2**21, Limits()) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def shared(files: ModelFiles) -> Iterator[tuple[Engine, Watched]]:
-    engine, watched = ahead_engine(files)
-    with engine:
-        yield engine, watched
-    assert engine.kv_used_bytes == 0
-
-
-@pytest.fixture
-def ahead(shared: tuple[Engine, Watched]) -> tuple[Engine, Watched]:
-    engine, watched = shared
-    watched.asked.clear()
-    watched.at_launch = lambda number: None
-    return engine, watched
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)

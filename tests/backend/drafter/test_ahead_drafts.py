@@ -30,7 +30,6 @@ from dspark_backend.request import (
     FinishReason,
     ForcedMode,
     SamplingParams,
-    StepOutcome,
     StepRequest,
 )
 from dspark_backend.sampling.verify import Acceptance
@@ -43,8 +42,8 @@ from dspark_backend.target.batch import Batch, Rows
 from dspark_backend.target.device import DeviceDecoder
 from dspark_backend.target.device_load import load_device_decoder
 from dspark_backend.target.paged_rows import PagedRows
+from running_ahead import DEVICE, outcomes
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCK = 4
 PROMPTS = [tuple(range(10 + 7 * i, 17 + 9 * i)) for i in range(3)]
 COUPLED = SamplingParams(temperature=1.0, seed=11)
@@ -130,17 +129,6 @@ class Told:
 
 def request(index: int = 0, count: int = 9, **fields: Any) -> StepRequest:
     return StepRequest(PROMPTS[index], count, **{"ignore_eos": True, **fields})
-
-
-def outcomes(engine: Engine, steps: Sequence[StepRequest]) -> list[StepOutcome]:
-    """Of all steps at once, in sessions of their own."""
-    with engine.lock:
-        sessions = [engine.open_session() for _ in steps]
-        handles = [engine.submit(s, step) for s, step in zip(sessions, steps, strict=True)]
-    made = [handle.result(300) for handle in handles]
-    for session in sessions:
-        session.close()
-    return made
 
 
 @pytest.fixture(scope="module")
