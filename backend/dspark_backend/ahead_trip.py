@@ -71,8 +71,8 @@ class GuidedTrip:
     """Of the pass under way."""
     _landing: GuidedLanding | None = None
     _spent: float = 0.0
-    """Seconds of launching and waiting that no verdict counted; what the host does meanwhile counts
-    as that."""
+    """Seconds of launching and waiting since the last verdict. What the host does in between has
+    names of its own."""
 
     def launch(self, plan: Plan | None, masks: Sequence[Masked]) -> None:
         """Have the pass under way judged, and launch the next one; waits for nothing."""

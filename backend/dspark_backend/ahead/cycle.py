@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -68,22 +68,22 @@ class DeviceCycle:
         key: tuple[object, ...],
         function: Function,
         arrays: Mapping[str, NDArray[Any]],
-        pieces: Mapping[str, Piece],
+        left: Mapping[str, Tensor],
         pool: PagePool,
         *,
         small: bool,
     ) -> Tensors:
-        """What ``function`` gives, replayed where that is asked for and the call is ``small``."""
+        """What ``function`` gives for ``arrays`` and for what was ``left`` on the device, replayed
+        where that is asked for and the call is ``small``."""
         if self.recordings is None:
-            there = {name: piece.tensor for name, piece in pieces.items()}
-            return function(upload(arrays, self.decoder.device) | there)
+            return function({**upload(arrays, self.decoder.device), **left})
+        pieces = {name: Piece(tensor, len(tensor)) for name, tensor in left.items()}
         if not small:
             return self.recordings.launch(function, arrays, pieces)
-        return self.recordings.run(key, function, arrays, pieces, (self, pool))
+        whole = (*key, id(self), id(pool))
+        return self.recordings.run(whole, function, arrays, pieces, (self, pool))
 
-    def drafts(
-        self, there: Mapping[str, Tensor], pool: PagePool, *, drafting: bool
-    ) -> tuple[Tensor, Tensor]:
+    def drafts(self, there: Mapping[str, Tensor], pool: PagePool) -> tuple[Tensor, Tensor]:
         """What is said after each step's committed tokens, int32 [B, g + 2]: its last token and g
         drafts, -1 where there is none; and the blocks of those that draft, float64 [m, 2 g]."""
         size = self.block_size
@@ -91,7 +91,7 @@ class DeviceCycle:
         said = torch.full((len(length), size + 2), -1, dtype=torch.int32, device=length.device)
         said[:, 0] = token
         blocks = torch.empty(0, 2 * size, dtype=torch.float64, device=length.device)
-        if drafting and self._drafter is not None:
+        if "which" in there and self._drafter is not None:
             which = there["which"]
             rows = rows_after(
                 *(pool, length[which], table[which]),
@@ -144,11 +144,9 @@ class DeviceCycle:
         # What has no next token fails once the host knows; until then any token will do.
         return after, verdict.tokens.clamp(min=0), verdict.accepted, verdict.tokens
 
-    def proposals(
-        self, plan: Plan, steps: int, blocks: Sequence[NDArray[np.float64]] | NDArray[np.float64]
-    ) -> list[Proposal]:
-        """Of each of ``steps``, what ``blocks`` of those that draft say; nothing of others."""
-        made = [_NOTHING] * steps
+    def proposals(self, plan: Plan, blocks: Iterable[NDArray[np.float64]]) -> list[Proposal]:
+        """Of each step, what ``blocks`` of those that draft say; nothing of others."""
+        made = [_NOTHING] * len(plan.lengths)
         for place, block in zip(plan.drafting, blocks, strict=False):
             assert self._drafter is not None
             made[place] = self._drafter.proposal(block)

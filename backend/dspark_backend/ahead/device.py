@@ -20,7 +20,7 @@ from dspark_backend.ahead.guided import DeviceGuidedFlight
 from dspark_backend.ahead.protocol import Landed, Plan, Start
 from dspark_backend.ahead.route import Route
 from dspark_backend.kernels.download import Download
-from dspark_backend.kernels.recording import Piece, Recordings, Tensors
+from dspark_backend.kernels.recording import Recordings, Tensors
 from dspark_backend.kernels.upload import upload
 from dspark_backend.kv.pages import PagePool
 from dspark_backend.sampling.device import answered
@@ -65,10 +65,8 @@ class DeviceFlight:
         """As :meth:`Flight.launch`."""
         parts, pool, leg = self._parts, self._route.pool, self._route.leg(plan)
         arrays = {**self._route.settings, **leg.rows, **leg.blocks, "table": leg.table}
-        run = partial(_cycle, parts, pool, leg.longest, leg.drafting)
-        key = ("cycle", id(parts), id(pool), leg.longest, leg.drafting)
-        pieces = {name: Piece(tensor, len(tensor)) for name, tensor in self._state.items()}
-        made = parts.run(key, run, arrays, pieces, pool, small=leg.small)
+        run = partial(_cycle, parts, pool, leg.longest)
+        made = parts.run(("cycle", leg.longest), run, arrays, self._state, pool, small=leg.small)
         parts.count += 1
         self._state = {"length": made[0], "token": made[1]}
         return DeviceLanding(self, plan, Download(made[2:]))
@@ -76,22 +74,21 @@ class DeviceFlight:
     def landed(self, plan: Plan, arrays: Sequence[NDArray[Any]]) -> list[Landed]:
         """What a cycle of ``plan`` brought; its steps are no further than that any more."""
         accepted, tokens, blocks = arrays
-        proposals = self._parts.proposals(plan, len(self._route.kvs), blocks)
         vocab = self._parts.decoder.config.vocab_size
-        landed = []
-        for place, proposal in enumerate(proposals):
-            stood, token = int(accepted[place]), int(tokens[place])
-            self._route.fell(place, plan.lengths[place] - stood)
-            landed.append(Landed(partial(answered, stood, token, vocab), proposal))
-        return landed
+        verdicts = self._route.judged(plan, accepted, tokens)
+        proposals = self._parts.proposals(plan, blocks)
+        return [
+            Landed(partial(answered, stood, token, vocab), proposal)
+            for (stood, token), proposal in zip(verdicts, proposals, strict=True)
+        ]
 
 
 def _cycle(
-    parts: DeviceCycle, pool: PagePool, longest: int, drafting: bool, there: Mapping[str, Tensor]
+    parts: DeviceCycle, pool: PagePool, longest: int, there: Mapping[str, Tensor]
 ) -> Tensors:
     """Launch a cycle: committed lengths and last tokens after it, accepted lengths and next tokens
     (-1: none), int32 [B] each, and the blocks."""
-    said, blocks = parts.drafts(there, pool, drafting=drafting)
+    said, blocks = parts.drafts(there, pool)
     logits = parts.compute(there, said, pool, longest)
     return *parts.judge(there, said, logits, longest), blocks
 

@@ -24,18 +24,17 @@ from dspark_backend.ahead.cycle import DeviceCycle
 from dspark_backend.ahead.protocol import Brought, Masked, Plan, Start
 from dspark_backend.ahead.route import Arrays, Leg, Route
 from dspark_backend.kernels.download import Download
-from dspark_backend.kernels.recording import Piece, Tensors
+from dspark_backend.kernels.recording import Tensors
 from dspark_backend.kernels.upload import upload
 from dspark_backend.kv.pages import PagePool
-from dspark_backend.sampling.device import answered
+from dspark_backend.sampling.device import answered, mask_arrays
 from dspark_backend.sampling.verifier import Answer
 
 
 @dataclass(frozen=True, slots=True)
 class _Passing:
-    """A pass under way: what it was laid out as, what it goes over and what it leaves."""
+    """A pass under way: how it is laid out, what it goes over and what it leaves."""
 
-    plan: Plan
     leg: Leg
     said: Tensor
     logits: Tensor
@@ -53,22 +52,20 @@ class DeviceGuidedFlight:
 
     def launch(self, plan: Plan | None, masks: Sequence[Masked]) -> DeviceGuidedLanding:
         """As :meth:`GuidedFlight.launch`."""
-        judged = self._passing
-        before = None if judged is None else judged.plan
+        judged, self._passing = self._passing, None
+        before = None if judged is None else judged.leg.plan
         leg = None if plan is None else self._route.leg(plan)
         made = self._before(judged, leg, masks)
         self._state = {"length": made[0], "token": made[1]}
         wanted = [] if judged is None else [*made[2:4]]
-        self._passing = None
-        if plan is not None and leg is not None:
-            said, blocks = made[-2:]
-            if plan.drafting:
-                wanted.append(blocks)
-            # Its copy goes first: the host reads it while the device computes the pass.
-            landing = DeviceGuidedLanding(self, before, plan, masks, wanted)
-            self._passing = _Passing(plan, leg, said, self._pass(leg, said))
-            return landing
-        return DeviceGuidedLanding(self, before, None, masks, wanted)
+        if leg is not None and leg.blocks:
+            wanted.append(made[-1])
+        # Its copy goes before the pass: the host reads it while the device computes that.
+        landing = DeviceGuidedLanding(self, before, plan, masks, wanted)
+        if leg is not None:
+            said = made[-2]
+            self._passing = _Passing(leg, said, self._pass(leg, said))
+        return landing
 
     def landed(
         self,
@@ -83,42 +80,35 @@ class DeviceGuidedFlight:
         if judged is not None:
             vocab = self._parts.decoder.config.vocab_size
             accepted, tokens, *arrays = arrays
-            for place, length in enumerate(judged.lengths):
-                stood, token = int(accepted[place]), int(tokens[place])
-                self._route.fell(place, length - stood)
-                answers.append(partial(answered, stood, token, vocab, masks[place]))
-        blocks = arrays[0] if arrays else ()
-        plan = Plan.plain(0) if drafted is None else drafted
-        return Brought(answers, self._parts.proposals(plan, len(self._route.kvs), blocks))
+            verdicts = self._route.judged(judged, accepted, tokens)
+            for (stood, token), own in zip(verdicts, masks, strict=True):
+                answers.append(partial(answered, stood, token, vocab, own))
+        plan = Plan.plain(len(self._route.kvs)) if drafted is None else drafted
+        return Brought(answers, self._parts.proposals(plan, arrays[0] if arrays else ()))
 
     def _before(self, judged: _Passing | None, leg: Leg | None, masks: Sequence[Masked]) -> Tensors:
         parts, pool = self._parts, self._route.pool
         arrays: Arrays = {}
-        parted = dict(self._state)
+        left = dict(self._state)
         longest, small = 0, leg is None or leg.small
         if judged is not None:
             rows = judged.leg.rows
             longest, small = judged.leg.longest, small and judged.leg.small
             arrays |= self._route.settings
             arrays |= {name: rows[name] for name in ("request", "column", "offsets")}
-            arrays |= _mask_arrays(masks, len(rows["request"]), rows["offsets"])
-            parted |= {"said": judged.said, "logits": judged.logits}
+            arrays |= _masks(masks, judged.leg.plan, len(rows["request"]))
+            left |= {"said": judged.said, "logits": judged.logits}
         if leg is not None:
             arrays |= {**leg.blocks, "table": leg.table}
-        drafting = None if leg is None else leg.drafting
-        run = partial(_judge_and_draft, parts, pool, longest, drafting)
-        key = ("guided drafts", id(parts), id(pool), longest, drafting)
-        pieces = {name: Piece(tensor, len(tensor)) for name, tensor in parted.items()}
-        return parts.run(key, run, arrays, pieces, pool, small=small)
+        run = partial(_judge_and_draft, parts, pool, longest)
+        return parts.run(("guided drafts", longest), run, arrays, left, pool, small=small)
 
     def _pass(self, leg: Leg, said: Tensor) -> Tensor:
         parts, pool = self._parts, self._route.pool
-        run = partial(_compute, parts, pool, leg.longest)
-        key = ("guided pass", id(parts), id(pool), leg.longest)
-        parted = {"length": self._state["length"], "said": said}
-        pieces = {name: Piece(tensor, len(tensor)) for name, tensor in parted.items()}
+        run, key = partial(_compute, parts, pool, leg.longest), ("guided pass", leg.longest)
         arrays = {**leg.rows, "table": leg.table}
-        (logits,) = parts.run(key, run, arrays, pieces, pool, small=leg.small)
+        left = {"length": self._state["length"], "said": said}
+        (logits,) = parts.run(key, run, arrays, left, pool, small=leg.small)
         parts.count += 1
         return logits
 
@@ -144,21 +134,17 @@ class DeviceGuidedLanding:
 
 
 def _judge_and_draft(
-    parts: DeviceCycle,
-    pool: PagePool,
-    longest: int,
-    drafting: bool | None,
-    there: Mapping[str, Tensor],
+    parts: DeviceCycle, pool: PagePool, longest: int, there: Mapping[str, Tensor]
 ) -> Tensors:
-    """Committed lengths and last tokens after the pass that is judged (``longest`` is 0 where there
-    is none); accepted lengths and next tokens where there is one; and unless ``drafting`` is None,
-    what is said and the blocks, as :meth:`DeviceCycle.drafts`."""
+    """Committed lengths and last tokens after the pass that left ``logits``; its accepted lengths
+    and next tokens, where there is one; and where a pass follows, what is said and the blocks, as
+    :meth:`DeviceCycle.drafts`."""
     verdict: Tensors = ()
-    if longest:
+    if "logits" in there:
         length, token, *rest = parts.judge(there, there["said"], there["logits"], longest)
         verdict = tuple(rest)
         there = {**there, "length": length, "token": token}
-    said = () if drafting is None else parts.drafts(there, pool, drafting=drafting)
+    said = parts.drafts(there, pool) if "table" in there else ()
     return there["length"], there["token"], *verdict, *said
 
 
@@ -168,14 +154,15 @@ def _compute(
     return (parts.compute(there, there["said"], pool, longest),)
 
 
-def _mask_arrays(masks: Sequence[Masked], rows: int, offsets: NDArray[np.int32]) -> Arrays:
-    """The masks of a pass of ``rows`` rows, one a row, so that their number follows from that."""
-    of_row = np.full(rows, -1, np.int32)
-    words: NDArray[np.int32] | None = None
-    for start, own in zip(offsets.tolist(), masks, strict=False):
-        for row, mask in enumerate(own or (), start):
-            if mask is not None:
-                if words is None:
-                    words = np.zeros((rows, len(mask)), np.int32)
-                words[row], of_row[row] = mask.numpy(), row
-    return {} if words is None else {"mask_words": words, "mask_of_row": of_row}
+def _masks(masks: Sequence[Masked], plan: Plan, rows: int) -> Arrays:
+    """Those of a pass over ``plan``, filled up to ``rows`` rows and as many masks: how many masks
+    there are is not to make a recording of its own."""
+    counts = [1 + length for length in plan.lengths]
+    made = mask_arrays(zip(masks, counts, strict=True))
+    if not made:
+        return made
+    words, of_row = made["mask_words"], made["mask_of_row"]
+    return {
+        "mask_words": np.pad(words, ((0, rows - len(words)), (0, 0))),
+        "mask_of_row": np.pad(of_row, (0, rows - len(of_row)), constant_values=-1),
+    }

@@ -23,19 +23,16 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Leg:
-    """The arrays of a cycle, by what reads them: the pass over anchors and drafts with its verdict,
-    and the drafter; ``table`` is both's. ``longest`` bounds the rows of a step, ``small`` says that
-    all is filled up to sizes that recordings are made for."""
+    """The arrays of a cycle of ``plan``, by what reads them: ``rows``, the pass over anchors and
+    drafts with its verdict, ``blocks``, the drafter, and ``table`` both. ``longest`` bounds the
+    rows of a step, ``small`` says that all is filled up to sizes that recordings are made for."""
 
+    plan: Plan
     rows: Arrays
     blocks: Arrays
     table: NDArray[np.int32]
     longest: int
     small: bool
-
-    @property
-    def drafting(self) -> bool:
-        return bool(self.blocks)
 
 
 class Route:
@@ -83,6 +80,7 @@ class Route:
         longest = int(np.diff(over["offsets"]).max())
         self._bounds = reach
         return Leg(
+            plan,
             over,
             self._blocks(plan.drafting, bucket(len(plan.drafting)) if small else None),
             self._table[:, :columns],
@@ -90,9 +88,15 @@ class Route:
             small,
         )
 
-    def fell(self, place: int, count: int) -> None:
-        """``count`` drafts of a step, that it could have gone further by, did not stand."""
-        self._bounds[place] -= count
+    def judged(
+        self, plan: Plan, accepted: NDArray[np.int32], tokens: NDArray[np.int32]
+    ) -> list[tuple[int, int]]:
+        """How many drafts of a cycle of ``plan`` stood, and which token follows them, for each
+        step; by those that fell, it is not as far as it could have been."""
+        stood = [int(count) for count in accepted[: len(plan.lengths)]]
+        for place, (length, count) in enumerate(zip(plan.lengths, stood, strict=True)):
+            self._bounds[place] -= length - count
+        return [(count, int(token)) for count, token in zip(stood, tokens, strict=False)]
 
     def _rows(self, lengths: Sequence[int], rows: int) -> Arrays:
         """The anchor of every step and the drafts after it, filled up to ``rows``."""

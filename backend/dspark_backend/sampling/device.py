@@ -6,7 +6,7 @@ pass; the host learns how many drafts stand and which token follows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -160,11 +160,17 @@ def wrapped(seed: int) -> int:
 
 
 def _masks(questions: Sequence[Question]) -> Arrays:
+    return mask_arrays((question.masks, question.rows) for question in questions)
+
+
+def mask_arrays(blocks: Iterable[tuple[Sequence[Tensor | None] | None, int]]) -> Arrays:
+    """The masks of blocks that follow one another, each with its number of rows: ``mask_words``
+    int32 [M, W] and ``mask_of_row`` int32 [R], as :class:`Masks`; nothing where there is none."""
     words: list[NDArray[np.int32]] = []
     of_row: list[int] = []
-    for question in questions:
-        masks = [*(question.masks or ())][: question.rows]
-        for mask in (*masks, *[None] * (question.rows - len(masks))):
+    for given, rows in blocks:
+        masks = [*(given or ())][:rows]
+        for mask in (*masks, *[None] * (rows - len(masks))):
             of_row.append(-1 if mask is None else len(words))
             if mask is not None:
                 words.append(mask.numpy())
